@@ -1,0 +1,239 @@
+//! The datapaths: what carries packets between clients and backends.
+//!
+//! Control decides (see `control`), a datapath performs: each call here is one store or one message
+//! and never waits for the network. What a datapath finds out by itself comes back as an [`Event`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use lb_core::{GateWord, Slot};
+
+/// Number of a backend in the data path's tables; stays the same for as long as the tables live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendNumber(pub u32);
+
+/// Number of a site in the data path's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteNumber(pub u32);
+
+/// Number of a service in the data path's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceNumber(pub u32);
+
+/// Transport protocol of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// RFC 9293.
+    Tcp,
+    /// RFC 768.
+    Udp,
+}
+
+/// What a datapath is to carry: the validated configuration in the data path's terms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Sites, with how they are reached. The index is meaningless; the name identifies.
+    pub sites: Vec<SitePlan>,
+    /// Backends, each at a site of `sites`.
+    pub backends: Vec<BackendPlan>,
+    /// Services, each over backends of `backends`.
+    pub services: Vec<ServicePlan>,
+}
+
+/// A site and its locator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SitePlan {
+    /// Unique name.
+    pub name: String,
+    /// Next hop; must be on a link of this machine or reachable by a route.
+    pub next_hop: IpAddr,
+}
+
+/// A backend as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendPlan {
+    /// Unique name.
+    pub name: String,
+    /// What its sockets are bound to, wherever it runs.
+    pub address: SocketAddr,
+    /// Name of the site where it runs when the tables are new; tables that live know better.
+    pub site: String,
+    /// Share of new flows beside its siblings, 1..=1000.
+    pub weight: u32,
+}
+
+/// A service as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePlan {
+    /// Unique name.
+    pub name: String,
+    /// What clients connect to.
+    pub address: SocketAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Names of its backends, at least one.
+    pub backends: Vec<String>,
+}
+
+/// What the tables say of one backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendState {
+    /// Gate, active slot, generation.
+    pub word: GateWord,
+    /// The site of each slot (index: [`Slot`] as number).
+    pub sites: [SiteNumber; 2],
+}
+
+impl BackendState {
+    /// The site where the backend runs now.
+    pub fn location(&self) -> SiteNumber {
+        self.sites[self.word.slot() as usize]
+    }
+
+    /// The slot that a new location may be written to.
+    pub fn spare(&self) -> Slot {
+        self.word.slot().other()
+    }
+}
+
+/// How one interface's packets are taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// Interface name.
+    pub interface: String,
+    /// For example `xdp native` or `xdp generic`.
+    pub mode: String,
+}
+
+/// Bounds of one hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldLimits {
+    /// Most bytes of frames kept for the backend.
+    pub max_bytes: usize,
+    /// Frames older than this are dropped instead of replayed.
+    pub max_age: Duration,
+    /// What gives way when `max_bytes` are kept.
+    pub overflow: Overflow,
+}
+
+/// What gives way when a hold queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overflow {
+    /// The packet that just came (TCP sends it again).
+    DropNewest,
+    /// The oldest packet of the queue (what a game server would rather miss).
+    DropOldest,
+}
+
+/// What one hold has kept and lost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HoldStats {
+    /// Packets put into the queue since the hold began.
+    pub held_packets: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
+    /// Packets sent from the queue.
+    pub replayed_packets: u64,
+    /// Packets dropped: by overflow, age, the `drop` gate, or a full capture ring.
+    pub dropped_packets: u64,
+}
+
+/// What a datapath reports by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The first held packet left, this long after the gate word that started the replay was stored.
+    ReplayStarted {
+        /// Whose queue.
+        backend: BackendNumber,
+        /// Time from the store.
+        after: Duration,
+    },
+    /// Captured equals replayed: the gate may go to `forward`.
+    Replayed {
+        /// Whose queue.
+        backend: BackendNumber,
+        /// What the hold kept and lost.
+        stats: HoldStats,
+    },
+}
+
+/// Packets and bytes of one backend, both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Packets from clients.
+    pub to_backend_packets: u64,
+    /// Bytes of those, with link headers.
+    pub to_backend_bytes: u64,
+    /// Packets from the backend.
+    pub to_clients_packets: u64,
+    /// Bytes of those, with link headers.
+    pub to_clients_bytes: u64,
+}
+
+/// Why a datapath cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// The locator of a site leads nowhere.
+    #[error("site {site:?}: {reason}; give its locator a next hop that this machine has a route and a neighbour for")]
+    Unreachable {
+        /// The site.
+        site: String,
+        /// What was missing.
+        reason: String,
+    },
+    /// A table is full.
+    #[error("no room for another {what}: at most {most}")]
+    Full {
+        /// What there are too many of.
+        what: &'static str,
+        /// The bound.
+        most: u32,
+    },
+    /// The kernel refused.
+    #[error("{doing}: {source}")]
+    Kernel {
+        /// What was being done.
+        doing: String,
+        /// The kernel's answer.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// One way of carrying packets. All calls are safe from any thread.
+pub trait Datapath: Send + Sync + 'static {
+    /// Which hooks carry packets.
+    fn hooks(&self) -> Vec<Hook>;
+
+    /// Writes the plan's services, backends and sites into the tables. Backends that are there already
+    /// keep their number, gate, generation and locations. All or nothing.
+    fn install(&self, plan: &Plan) -> Result<(), DatapathError>;
+
+    /// The number of a backend by name, if the tables have it.
+    fn backend(&self, name: &str) -> Option<BackendNumber>;
+
+    /// The number of a site by name, if the tables have it.
+    fn site(&self, name: &str) -> Option<SiteNumber>;
+
+    /// What the tables say of a backend.
+    fn state(&self, backend: BackendNumber) -> BackendState;
+
+    /// Resolves the site's locator anew and writes it into the backend's spare slot, so that a flip is one store.
+    fn stage(&self, backend: BackendNumber, site: SiteNumber) -> Result<(), DatapathError>;
+
+    /// Makes the hold queue ready. Called before the gate closes, also after a restart with a closed gate.
+    fn begin_hold(&self, backend: BackendNumber, limits: HoldLimits);
+
+    /// The one store. With gate `Replay` the queue is sent to the word's location from then on and, when it is
+    /// empty, [`Event::Replayed`] is reported.
+    fn store(&self, backend: BackendNumber, word: GateWord);
+
+    /// What the current (or last) hold of the backend has kept and lost.
+    fn hold_stats(&self, backend: BackendNumber) -> HoldStats;
+
+    /// Packets and bytes of a backend since the tables were made.
+    fn traffic(&self, backend: BackendNumber) -> Traffic;
+
+    /// Every counter by reason label (`lb_core::Reason`), in the enum's order, summed over CPUs.
+    fn reasons(&self) -> Vec<(&'static str, u64)>;
+}
