@@ -1,5 +1,7 @@
 //! The lab itself: its plain topology carries traffic, labs do not meet, and nothing stays behind.
 
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping, in its helpers too")]
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::process::CommandExt;

@@ -1,0 +1,135 @@
+//! The configuration files of a stack, as our programs read them.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{HoldOptions, Workload};
+use crate::{Lab, Site, address};
+
+/// The daemon's configuration file.
+pub(super) fn daemon(lab: &Lab, workloads: &[Workload], hold: &HoldOptions) -> String {
+    let backends: Vec<_> = workloads
+        .iter()
+        .map(|workload| Backend {
+            name: &workload.name,
+            address: workload.address.to_string(),
+            site: workload.site.name(),
+        })
+        .collect();
+    let mut services: Vec<Service> = Vec::new();
+    for workload in workloads {
+        let (address, protocol) = (workload.service.to_string(), workload.protocol.name());
+        match services.iter_mut().find(|found| found.address == address && found.protocol == protocol) {
+            Some(service) => service.backends.push(&workload.name),
+            None => services.push(Service {
+                name: format!("{}-service", workload.name),
+                address,
+                protocol,
+                backends: vec![&workload.name],
+            }),
+        }
+    }
+    write(&Daemon {
+        admin: Admin { listen: address::ADMIN },
+        datapath: Datapath {
+            interfaces: ["c0", "a0", "b0"],
+            pin_path: &lab.pin_path(),
+            nat_source4: address::NAT_SOURCE4,
+            nat_source6: address::NAT_SOURCE6,
+        },
+        hold,
+        sites: Site::ALL.map(|site| SiteEntry {
+            name: site.name(),
+            next_hop: address::site4(site).to_string(),
+            agent: format!("http://{}:{}", address::site4(site), address::AGENT_PORT),
+        }),
+        backends,
+        services,
+    })
+}
+
+/// A site's agent's configuration file: it knows every workload, and starts those that begin there.
+pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload]) -> String {
+    let workloads = workloads.iter().map(|workload| AgentWorkload {
+        name: &workload.name,
+        address: workload.address.to_string(),
+        protocol: workload.protocol.name(),
+        command: &workload.command,
+        dir: workload.dir.as_deref().unwrap_or(lab.dir()),
+        start: workload.site == site,
+    });
+    write(&Agent {
+        site: site.name(),
+        listen: format!("{}:{}", address::site4(site), address::AGENT_PORT),
+        state_dir: &lab.dir().join(format!("agent-{}", site.name())),
+        workloads: workloads.collect(),
+    })
+}
+
+fn write(config: &impl Serialize) -> String {
+    toml::to_string(config).expect("names, numbers and UTF-8 paths can be written as TOML")
+}
+
+#[derive(Serialize)]
+struct Daemon<'a> {
+    admin: Admin,
+    datapath: Datapath<'a>,
+    hold: &'a HoldOptions,
+    sites: [SiteEntry; 2],
+    backends: Vec<Backend<'a>>,
+    services: Vec<Service<'a>>,
+}
+
+#[derive(Serialize)]
+struct Admin {
+    listen: &'static str,
+}
+
+#[derive(Serialize)]
+struct Datapath<'a> {
+    interfaces: [&'static str; 3],
+    pin_path: &'a Path,
+    nat_source4: &'static str,
+    nat_source6: &'static str,
+}
+
+#[derive(Serialize)]
+struct SiteEntry {
+    name: &'static str,
+    next_hop: String,
+    agent: String,
+}
+
+#[derive(Serialize)]
+struct Backend<'a> {
+    name: &'a str,
+    address: String,
+    site: &'static str,
+}
+
+#[derive(Serialize)]
+struct Service<'a> {
+    name: String,
+    address: String,
+    protocol: &'static str,
+    backends: Vec<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Agent<'a> {
+    site: &'static str,
+    listen: String,
+    state_dir: &'a Path,
+    workloads: Vec<AgentWorkload<'a>>,
+}
+
+#[derive(Serialize)]
+struct AgentWorkload<'a> {
+    name: &'a str,
+    address: String,
+    protocol: &'static str,
+    command: &'a [String],
+    dir: &'a Path,
+    start: bool,
+}
