@@ -1,0 +1,3 @@
+//! The load balancer's daemon.
+pub mod config;
+pub mod datapath;
