@@ -1,0 +1,28 @@
+//! Drills: clients that keep a service busy while it moves, and what they saw.
+//!
+//! ```text
+//! protocol   how a numbered message looks on the wire (pure codecs)
+//! driver     one thread that sends on schedule over many connections
+//! tally      what came of each message: lost, duplicated, reordered (pure)
+//! timeline   a finished run: every message with its times
+//! stall      what a migration cost each client, from a timeline
+//! report     the drill report, as JSON
+//! picture, table   the same for a terminal
+//! scenario   the real servers that drills run against
+//! verify     asks a server what it counted
+//! ```
+//!
+//! The `drill` binary puts these together with a lab and the load balancer. Nothing in this library
+//! knows either of them: it needs an address to talk to and the times of the migrations.
+
+pub mod clock;
+pub mod driver;
+pub mod picture;
+pub mod protocol;
+pub mod report;
+pub mod scenario;
+pub mod stall;
+pub mod table;
+pub mod tally;
+pub mod timeline;
+pub mod verify;
