@@ -1,3 +1,8 @@
-//! The load balancer's daemon.
+//! The load balancer's daemon and its command line.
 pub mod config;
+pub mod control;
 pub mod datapath;
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
+mod testing;

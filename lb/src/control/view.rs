@@ -1,0 +1,119 @@
+//! What the admin API shows of a backend.
+
+use std::time::Instant;
+
+use lb_core::Gate;
+use serde::{Deserialize, Serialize};
+
+use super::{Control, ControlError, Entry, State};
+use crate::datapath::{HoldStats, Traffic};
+
+/// A backend as the admin API shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendView {
+    /// Name.
+    pub name: String,
+    /// What its sockets are bound to.
+    pub address: std::net::SocketAddr,
+    /// The site where it runs; `null` for one that the configuration no longer has.
+    pub location: Option<String>,
+    /// `forward`, `hold`, `drop` or `replay`.
+    pub gate: String,
+    /// `forward`, `holding`, `expired` or `replaying`.
+    pub state: String,
+    /// Grows with each change of the gate or the location.
+    pub generation: u32,
+    /// Milliseconds until the hold gives up; `null` where nothing is held.
+    pub deadline_in_ms: Option<u64>,
+    /// What the current or last hold has kept and lost.
+    pub hold: HoldView,
+    /// What was carried.
+    pub traffic: TrafficView,
+}
+
+/// What one hold has kept and lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldView {
+    /// Packets put into the queue.
+    pub held_packets: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
+    /// Packets sent from the queue.
+    pub replayed_packets: u64,
+    /// Packets dropped: by overflow, age, the `drop` gate, or a full capture ring.
+    pub dropped_packets: u64,
+}
+
+impl From<HoldStats> for HoldView {
+    fn from(stats: HoldStats) -> Self {
+        let HoldStats { held_packets, held_bytes, replayed_packets, dropped_packets } = stats;
+        Self { held_packets, held_bytes, replayed_packets, dropped_packets }
+    }
+}
+
+/// Packets and bytes of a backend, both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficView {
+    /// Packets from clients.
+    pub to_backend_packets: u64,
+    /// Bytes of those, with link headers.
+    pub to_backend_bytes: u64,
+    /// Packets from the backend.
+    pub to_clients_packets: u64,
+    /// Bytes of those, with link headers.
+    pub to_clients_bytes: u64,
+}
+
+impl From<Traffic> for TrafficView {
+    fn from(traffic: Traffic) -> Self {
+        let Traffic { to_backend_packets, to_backend_bytes, to_clients_packets, to_clients_bytes } = traffic;
+        Self { to_backend_packets, to_backend_bytes, to_clients_packets, to_clients_bytes }
+    }
+}
+
+/// A gate's name in the admin API.
+pub(crate) fn gate_label(gate: Gate) -> &'static str {
+    match gate {
+        Gate::Drop => "drop",
+        Gate::Forward => "forward",
+        Gate::Hold => "hold",
+        Gate::Replay => "replay",
+    }
+}
+
+impl Control {
+    /// One backend as it is now.
+    pub fn view(&self, backend: &str) -> Result<BackendView, ControlError> {
+        Ok(self.view_of(self.entry(backend)?))
+    }
+
+    /// All backends as they are now, by name.
+    pub fn views(&self) -> Vec<BackendView> {
+        self.entries.values().map(|entry| self.view_of(entry)).collect()
+    }
+
+    fn view_of(&self, entry: &Entry) -> BackendView {
+        let (word, state, location) = {
+            let machine = entry.machine();
+            (machine.word(), machine.state(), machine.location())
+        };
+        let deadline_in_ms = match state {
+            State::Holding { deadline, .. } => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+            }
+            State::Forward | State::Expired { .. } | State::Replaying => None,
+        };
+        BackendView {
+            name: entry.name.clone(),
+            address: entry.address,
+            location: self.site_name(location),
+            gate: gate_label(word.gate()).to_owned(),
+            state: state.label().to_owned(),
+            generation: word.generation(),
+            deadline_in_ms,
+            hold: self.datapath.hold_stats(entry.number).into(),
+            traffic: self.datapath.traffic(entry.number).into(),
+        }
+    }
+}
