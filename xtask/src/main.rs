@@ -1,0 +1,64 @@
+//! The one door: `cargo xtask setup | demo | test | bench`.
+//!
+//! `setup` knows what the work needs and where it comes from; the others call it when something is missing. What demo and
+//! bench do is in the package `bench`; here they are only built and started.
+
+mod bench;
+mod cache;
+mod demo;
+mod setup;
+mod shell;
+mod test;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Drover's one door", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Looks for what the work needs and installs what is missing (Debian; elsewhere it says what to install)
+    Setup,
+    /// The main job in a lab: live servers move between two sites under live clients
+    #[command(disable_help_flag = true)]
+    Demo {
+        /// Given to the drill; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<OsString>,
+    },
+    /// Everything that must hold: format, lints, licences, unit, model, packet and lab tests
+    Test {
+        /// Without the lab tests, and so without root
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Measures (not there yet)
+    Bench {
+        /// What to measure, with its flags
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().task {
+        Task::Setup => setup::run(setup::Scope::Everything, setup::Show::Everything),
+        Task::Demo { flags } => demo::run(&flags),
+        Task::Test { quick } => test::run(quick),
+        Task::Bench { flags } => bench::run(&flags),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

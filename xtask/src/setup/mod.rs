@@ -1,0 +1,86 @@
+//! `cargo xtask setup`: finds what the work needs, installs what is missing, and says so line by line.
+//!
+//! Each part looks first; only what is not found is installed, and only where that is possible (root, Debian's packages).
+//! What was found where goes into the cache folder, where the builds and the programs read it.
+
+mod criu;
+mod debian;
+mod ebpf;
+mod programs;
+mod tools;
+
+use anyhow::{Result, bail};
+
+use crate::cache;
+
+/// What is needed for which task.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// What `setup` looks for.
+    Everything,
+    /// Build and checks, no labs.
+    Checks,
+    /// Build and labs, no checks.
+    Demo,
+}
+
+/// Which lines are printed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Show {
+    /// All.
+    Everything,
+    /// All but what was found.
+    Changes,
+}
+
+/// What became of one thing.
+pub enum State {
+    /// It was there.
+    Found(String),
+    /// It is there now.
+    Installed(String),
+    /// It is not there; the text says what to do.
+    Missing(String),
+}
+
+/// Looks for everything in `scope`, installs what is missing, fails if anything still is.
+pub fn run(scope: Scope, show: Show) -> Result<()> {
+    let _lock = cache::lock()?;
+    let mut missing = 0;
+    let mut report = |name: &str, state: State| {
+        let (word, text) = match state {
+            State::Found(_) if show == Show::Changes => return,
+            State::Found(text) => ("found", text),
+            State::Installed(text) => ("installed", text),
+            State::Missing(text) => {
+                missing += 1;
+                ("missing", text)
+            }
+        };
+        println!("{word:<10} {name}: {text}");
+    };
+
+    report("eBPF toolchain", ebpf::provide());
+    if scope != Scope::Checks {
+        programs::provide(&mut report);
+        report("CRIU", criu::provide());
+    }
+    if scope != Scope::Demo {
+        tools::provide(&mut report);
+    }
+    match missing {
+        0 => Ok(()),
+        1 => bail!("one thing is missing; once it is there, run this again"),
+        count => bail!("{count} things are missing; once they are there, run this again"),
+    }
+}
+
+/// Says that something takes a while.
+fn announce(what: &str) {
+    println!("...        {what}");
+}
+
+/// A failed attempt to install as a state, with the reason.
+fn missing(error: &anyhow::Error) -> State {
+    State::Missing(format!("{error:#}"))
+}
