@@ -5,8 +5,6 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-use nix::fcntl::{Flock, FlockArg};
-
 use crate::Site;
 use crate::address::{self, BACKENDS, lb_interface};
 use crate::error::LabError;
@@ -121,8 +119,7 @@ fn add_namespaces(names: &[String]) -> Result<(), LabError> {
     // The first `ip netns add` on a machine turns /run/netns into a shared mount; two at once would do so twice.
     let path = SCRATCH.join("drover.lock");
     let file = File::create(&path).map_err(LabError::io(format!("create {}", path.display())))?;
-    let _lock = Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| LabError::io(format!("lock {}", path.display()))(errno.into()))?;
+    file.lock().map_err(LabError::io(format!("lock {}", path.display())))?;
     let lines: Vec<_> = names.iter().map(|name| format!("netns add {name}")).collect();
     feed(Command::new("ip").args(["-batch", "-"]), &lines)
 }

@@ -32,9 +32,11 @@ fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
-/// The cargo that started this program.
+/// The cargo that started this program, at the workspace's root.
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    cargo.current_dir(own.parent().expect("xtask is a folder of the workspace"));
     // Programs that cargo starts (cargo-nextest, tests that start servers) find what setup found.
     let path =
         std::env::join_paths(search_path()).unwrap_or_else(|_| std::env::var_os("PATH").unwrap_or_default());

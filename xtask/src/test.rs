@@ -1,11 +1,17 @@
 //! `cargo xtask test`: everything that must hold, in the order in which it is cheap to find out.
 
+use std::process::Command;
+
 use anyhow::{Result, bail};
 
 use crate::{setup, shell};
 
 /// Labs and the kernel's verifier need root; these are the tests that do without.
 const WITHOUT_LABS: &str = "not test(lab_) and not (kind(test) and (package(tests) or package(migrate) or package(lb) or package(bench)))";
+
+const WORKSPACE: &str = "Cargo.toml";
+/// Not a member of the workspace, since it is built for another target.
+const EBPF: &str = "lb-ebpf/Cargo.toml";
 
 /// Runs all checks and tests, or those that need no root.
 pub fn run(quick: bool) -> Result<()> {
@@ -19,7 +25,7 @@ pub fn run(quick: bool) -> Result<()> {
     setup::run(scope, setup::Show::Changes)?;
 
     step("format", &["fmt", "--all", "--check"])?;
-    step("format of the eBPF crate", &["fmt", "--manifest-path", "lb-ebpf/Cargo.toml", "--check"])?;
+    step("format of the eBPF crate", &["fmt", "--manifest-path", EBPF, "--check"])?;
     deny()?;
     step("lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     documentation()?;
@@ -28,26 +34,34 @@ pub fn run(quick: bool) -> Result<()> {
     tests(quick)
 }
 
-/// Licences, sources and bans from the lock file alone; advisories where their database can be had.
+/// Licences, sources and bans from the lock files alone; advisories where their database can be had.
 fn deny() -> Result<()> {
-    step(
-        "licences, bans, sources",
-        &["deny", "--log-level", "error", "check", "bans", "licenses", "sources"],
-    )?;
+    say("licences, bans, sources");
+    shell::run(deny_command(WORKSPACE).args(["check", "bans", "licenses", "sources"]))?;
+    shell::run(deny_command(EBPF).args(["check", "bans", "licenses", "sources"]))?;
     say("advisories");
-    let fetched = shell::run_quiet(shell::cargo().args(["deny", "--log-level", "error", "fetch", "db"]));
-    if fetched.is_err() {
+    if shell::run_quiet(deny_command(WORKSPACE).args(["fetch", "db"])).is_err() {
         println!("skipped: the advisory database cannot be fetched from here");
         return Ok(());
     }
-    shell::run(shell::cargo().args([
+    [WORKSPACE, EBPF].into_iter().try_for_each(|manifest| {
+        shell::run(deny_command(manifest).args(["check", "--disable-fetch", "advisories"]))
+    })
+}
+
+fn deny_command(manifest: &str) -> Command {
+    let mut cargo = shell::cargo();
+    cargo.args([
         "deny",
+        "--locked",
         "--log-level",
         "error",
-        "check",
-        "--disable-fetch",
-        "advisories",
-    ]))
+        "--config",
+        "deny.toml",
+        "--manifest-path",
+        manifest,
+    ]);
+    cargo
 }
 
 fn documentation() -> Result<()> {

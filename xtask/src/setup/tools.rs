@@ -1,7 +1,5 @@
 //! Programs built from crates: the test runner and the dependency checker.
 
-use std::process::Command;
-
 use anyhow::Result;
 
 use super::{State, announce, missing};
@@ -27,7 +25,7 @@ pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
 /// Builds a crate's programs into the cache's tools.
 pub(super) fn install(name: &str, version: &str, flags: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     announce(&format!("building {name} {version} (some minutes)"));
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut cargo = shell::cargo();
     cargo
         .args(["install", name, "--version", version, "--locked", "--root"])
         .arg(cache::tools()?)
