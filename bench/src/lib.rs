@@ -9,7 +9,7 @@
 //! report     the drill report, as JSON
 //! picture, table   the same for a terminal
 //! scenario   the real servers that drills run against
-//! verify     asks a server what it counted
+//! probe, verify   wait until a server answers; ask it what it counted
 //! ```
 //!
 //! The `drill` binary puts these together with a lab and the load balancer. Nothing in this library
@@ -18,6 +18,7 @@
 pub mod clock;
 pub mod driver;
 pub mod picture;
+pub mod probe;
 pub mod protocol;
 pub mod report;
 pub mod scenario;

@@ -136,7 +136,8 @@ mod tests {
 
     #[test]
     fn each_order_of_replies_has_its_faults() {
-        let cases: [(&str, &[(u32, u64)], Faults); 7] = [
+        type Replies = &'static [(u32, u64)];
+        let cases: [(&str, Replies, Faults); 7] = [
             ("all in order", &[(0, 1), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)], Faults::default()),
             ("none", &[], Faults { lost: 6, ..Faults::default() }),
             (

@@ -13,6 +13,7 @@ use nix::sys::time::{TimeSpec, TimeValLike};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::connection::{Connection, Failure, Received};
+use super::priority::ahead_of_others;
 use super::{DriverError, Load, Shared};
 use crate::clock::{monotonic_ns, unix_ns};
 use crate::protocol::{Protocol, Transport};
@@ -93,6 +94,7 @@ impl EventLoop {
 
     pub(super) fn run(mut self) -> Result<Timeline, DriverError> {
         set_timerslack(1).map_err(failed("prctl"))?;
+        ahead_of_others();
         let mut events = [EpollEvent::empty(); EVENTS_PER_WAKE];
         let mut buffer = vec![0; READ_BYTES];
         self.start_ns = monotonic_ns() + LEAD_NS;

@@ -13,9 +13,12 @@
 
 mod connection;
 mod event_loop;
+mod priority;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,6 +40,8 @@ use event_loop::EventLoop;
 pub struct Load {
     /// Where they connect.
     pub target: SocketAddr,
+    /// Where they come from.
+    pub source: Source,
     /// How many there are.
     pub clients: u32,
     /// Messages a second, all clients together.
@@ -45,6 +50,26 @@ pub struct Load {
     pub connect_timeout: Duration,
     /// How long replies are awaited after the last message. What has not arrived then is lost.
     pub drain: Duration,
+}
+
+/// Which addresses clients have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// What the kernel picks: one address, a port each.
+    Any,
+    /// An address each out of 127.0.0.0/8, for a server on loopback that limits what an address may send.
+    OwnLoopback,
+}
+
+impl Source {
+    fn address(self, client: u32) -> Option<SocketAddr> {
+        // Away from 127.0.0.0/16, where servers are.
+        const FIRST: u32 = u32::from_be_bytes([127, 1, 0, 1]);
+        match self {
+            Self::Any => None,
+            Self::OwnLoopback => Some(SocketAddr::from((Ipv4Addr::from(FIRST + client), 0))),
+        }
+    }
 }
 
 /// Why clients could not be run.
@@ -134,7 +159,9 @@ pub fn connect(load: Load, protocol: Arc<dyn Protocol>) -> Result<Clients, Drive
     for batch in clients.chunks(CONNECTING_AT_ONCE) {
         let mut begun = Vec::with_capacity(batch.len());
         for &client in batch {
-            let socket = begin(load.target, protocol.transport()).map_err(|source| failed(client, source))?;
+            let source = load.source.address(client);
+            let socket =
+                begin(load.target, source, protocol.transport()).map_err(|source| failed(client, source))?;
             begun.push((client, socket));
         }
         let deadline = Instant::now() + load.connect_timeout;
@@ -159,7 +186,7 @@ fn allow_open_files(clients: u32) -> Result<(), DriverError> {
     setrlimit(Resource::RLIMIT_NOFILE, needed, hard).map_err(limits("setrlimit"))
 }
 
-fn begin(target: SocketAddr, transport: Transport) -> io::Result<Socket> {
+fn begin(target: SocketAddr, source: Option<SocketAddr>, transport: Transport) -> io::Result<Socket> {
     let (kind, protocol) = match transport {
         Transport::Tcp => (Type::STREAM, IpProtocol::TCP),
         Transport::Udp => (Type::DGRAM, IpProtocol::UDP),
@@ -167,6 +194,9 @@ fn begin(target: SocketAddr, transport: Transport) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(target), kind.nonblocking(), Some(protocol))?;
     if transport == Transport::Tcp {
         socket.set_tcp_nodelay(true)?;
+    }
+    if let Some(source) = source {
+        socket.bind(&source.into())?;
     }
     match socket.connect(&target.into()) {
         Err(error) if error.raw_os_error() != Some(nix::libc::EINPROGRESS) => Err(error),
