@@ -1,5 +1,7 @@
 //! The clients in a lab whose middle only routes: the drill's path without the load balancer.
 
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
