@@ -3,6 +3,9 @@
 //! Control decides (see `control`), a datapath performs: each call here is one store or one message
 //! and never waits for the network. What a datapath finds out by itself comes back as an [`Event`].
 
+mod queue;
+pub mod xdp;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -174,7 +177,9 @@ pub struct Traffic {
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
     /// The locator of a site leads nowhere.
-    #[error("site {site:?}: {reason}; give its locator a next hop that this machine has a route and a neighbour for")]
+    #[error(
+        "site {site:?}: {reason}; give its locator a next hop that this machine has a route and a neighbour for"
+    )]
     Unreachable {
         /// The site.
         site: String,

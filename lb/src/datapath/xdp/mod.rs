@@ -1,0 +1,142 @@
+//! The XDP datapath: the kernel program's tables, its hooks, and the hold's thread.
+//!
+//! ```text
+//!   control -> store ------> BACKENDS (memory-mapped) <------ kernel program
+//!                                                              | capture
+//!              sender <----- queue <------ pump <----------- CAPTURE ring
+//! ```
+
+mod locator;
+mod mapped;
+mod maps;
+pub mod program;
+mod pump;
+pub mod records;
+mod sender;
+mod shared;
+mod sites;
+mod tables;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use aya::maps::{MapData, PerCpuArray};
+use lb_core::record::{self, Direction};
+use lb_core::{GateWord, Reason};
+use tokio::sync::mpsc::UnboundedSender;
+
+use self::maps::{Parts, TrafficBytes};
+use self::pump::Pump;
+use self::shared::SharedTables;
+use self::sites::Sites;
+use self::tables::Tables;
+use super::{
+    BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
+    SiteNumber, Traffic,
+};
+use crate::config;
+
+/// Packets are forwarded in the kernel by an XDP program on every interface.
+pub struct XdpDatapath {
+    hooks: Vec<Hook>,
+    shared: Arc<SharedTables>,
+    tables: Mutex<Tables>,
+    sites: Sites,
+    pump: Pump,
+    reasons: PerCpuArray<MapData, u64>,
+    traffic: PerCpuArray<MapData, TrafficBytes>,
+    /// Keeps the loaded program's descriptor open; its pinned links keep it running without us.
+    _ebpf: aya::Ebpf,
+}
+
+impl XdpDatapath {
+    /// Loads the program over the pinned tables (or makes them) and attaches it to the interfaces, in the
+    /// calling thread's network namespace. What it finds out by itself is sent to `events`.
+    pub fn open(config: &config::Datapath, events: UnboundedSender<Event>) -> Result<Self, DatapathError> {
+        let mut ebpf = program::load(&config.pin_path)?;
+        let (maps, Parts { shared, locations, capture, reasons, traffic }) = maps::take(&mut ebpf, config)?;
+        let shared = Arc::new(shared);
+        let tables = Tables::new(maps, shared.clone())?;
+        let sites =
+            Sites::start(locations, shared.clone()).map_err(program::kernel("starting the sites' thread"))?;
+        let pump = Pump::start(capture, shared.clone(), events)
+            .map_err(program::kernel("starting the hold's thread"))?;
+        let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
+        Ok(Self { hooks, shared, tables: Mutex::new(tables), sites, pump, reasons, traffic, _ebpf: ebpf })
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().expect("nothing panics while it writes tables")
+    }
+}
+
+impl Datapath for XdpDatapath {
+    fn hooks(&self) -> Vec<Hook> {
+        self.hooks.clone()
+    }
+
+    fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
+        self.tables().install(plan, &self.sites)
+    }
+
+    fn backend(&self, name: &str) -> Option<BackendNumber> {
+        self.tables().backend(name)
+    }
+
+    fn site(&self, name: &str) -> Option<SiteNumber> {
+        self.tables().site(name)
+    }
+
+    fn state(&self, backend: BackendNumber) -> BackendState {
+        self.shared.state(backend)
+    }
+
+    fn stage(&self, backend: BackendNumber, site: SiteNumber) -> Result<(), DatapathError> {
+        let next_hop = self.tables().next_hop(site).ok_or_else(|| DatapathError::Unreachable {
+            site: format!("number {}", site.0),
+            reason: "it is not in the configuration any more".into(),
+        })?;
+        let link = self.sites.probe(next_hop).map_err(|error| DatapathError::Unreachable {
+            site: format!("at {next_hop}"),
+            reason: error.to_string(),
+        })?;
+        self.sites.keep(site, next_hop, link);
+        self.shared.stage(backend, self.shared.state(backend).spare(), site);
+        Ok(())
+    }
+
+    fn begin_hold(&self, backend: BackendNumber, limits: HoldLimits) {
+        self.pump.begin(backend, limits, self.shared.refused(backend));
+    }
+
+    fn store(&self, backend: BackendNumber, word: GateWord) {
+        self.shared.store(backend, word);
+        self.pump.wake();
+    }
+
+    fn hold_stats(&self, backend: BackendNumber) -> HoldStats {
+        self.pump.stats(backend, self.shared.refused(backend))
+    }
+
+    fn traffic(&self, backend: BackendNumber) -> Traffic {
+        let Ok(per_cpu) = self.traffic.get(&backend.0, 0) else { return Traffic::default() };
+        per_cpu.iter().fold(Traffic::default(), |sum, cpu| {
+            let record::Traffic { packets, bytes } = records::from_bytes(cpu);
+            Traffic {
+                to_backend_packets: sum.to_backend_packets + packets[Direction::ToBackend as usize],
+                to_backend_bytes: sum.to_backend_bytes + bytes[Direction::ToBackend as usize],
+                to_clients_packets: sum.to_clients_packets + packets[Direction::ToClient as usize],
+                to_clients_bytes: sum.to_clients_bytes + bytes[Direction::ToClient as usize],
+            }
+        })
+    }
+
+    fn reasons(&self) -> Vec<(&'static str, u64)> {
+        Reason::ALL
+            .iter()
+            .map(|reason| {
+                let counts = self.reasons.get(&(*reason as u32), 0);
+                (reason.label(), counts.map_or(0, |counts| counts.iter().sum()))
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,104 @@
+//! What the daemon and the kernel program share in memory: gate words, hold counters, and the links to sites.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+use std::sync::{Mutex, RwLock};
+use std::time::Instant;
+
+use aya::maps::MapData;
+use lb_core::record::{Backend, HoldCounters, Link};
+use lb_core::{GateWord, Slot};
+use std::os::fd::AsFd;
+
+use super::mapped::MappedArray;
+use crate::datapath::{BackendNumber, BackendState, SiteNumber};
+
+/// Safe from any thread; each call is a load or a store or a short lock.
+pub struct SharedTables {
+    backends: MappedArray<Backend>,
+    holds: MappedArray<HoldCounters>,
+    /// Links of the sites by number, as the kernel program has them.
+    links: RwLock<HashMap<SiteNumber, Link>>,
+    /// When the last word of a backend was stored.
+    stored: Mutex<HashMap<BackendNumber, Instant>>,
+}
+
+impl SharedTables {
+    /// Maps the backends' and the hold counters' map, `most` elements each.
+    pub fn new(backends: &MapData, holds: &MapData, most: u32) -> io::Result<Self> {
+        Ok(Self {
+            backends: MappedArray::new(backends.fd().as_fd(), most)?,
+            holds: MappedArray::new(holds.fd().as_fd(), most)?,
+            links: RwLock::default(),
+            stored: Mutex::default(),
+        })
+    }
+
+    fn backend(&self, backend: BackendNumber) -> &Backend {
+        self.backends.get(backend.0).expect("backend numbers are given out below the table's size")
+    }
+
+    fn hold(&self, backend: BackendNumber) -> &HoldCounters {
+        self.holds.get(backend.0).expect("backend numbers are given out below the table's size")
+    }
+
+    /// The backend's gate word.
+    pub fn word(&self, backend: BackendNumber) -> GateWord {
+        GateWord::from_bits(self.backend(backend).word.load(Acquire))
+    }
+
+    /// The one store.
+    pub fn store(&self, backend: BackendNumber, word: GateWord) {
+        self.backend(backend).word.store(word.bits(), SeqCst);
+        let now = Instant::now();
+        self.stored.lock().expect("nothing panics under it").insert(backend, now);
+    }
+
+    /// When the backend's word was last stored by this process.
+    pub fn stored_at(&self, backend: BackendNumber) -> Option<Instant> {
+        self.stored.lock().expect("nothing panics under it").get(&backend).copied()
+    }
+
+    /// Gate word and sites.
+    pub fn state(&self, backend: BackendNumber) -> BackendState {
+        let record = self.backend(backend);
+        let sites = [Slot::A, Slot::B].map(|slot| SiteNumber(record.sites.at(slot)));
+        BackendState { word: self.word(backend), sites }
+    }
+
+    /// Writes a site into a slot that is not the active one.
+    pub fn stage(&self, backend: BackendNumber, slot: Slot, site: SiteNumber) {
+        let mut sites = self.state(backend).sites.map(|site| site.0);
+        sites[slot as usize] = site.0;
+        self.backend(backend).sites.store(sites);
+    }
+
+    /// The link of the site in a slot of a backend, where it is known.
+    pub fn link(&self, backend: BackendNumber, slot: Slot) -> Option<Link> {
+        let site = SiteNumber(self.backend(backend).sites.at(slot));
+        self.links.read().expect("nothing panics under it").get(&site).copied()
+    }
+
+    /// Remembers a site's link.
+    pub fn set_link(&self, site: SiteNumber, link: Link) {
+        self.links.write().expect("nothing panics under it").insert(site, link);
+    }
+
+    /// Packets captured and settled, since the tables were made. Settled is read first: it never overtakes.
+    pub fn hold_counts(&self, backend: BackendNumber) -> (u64, u64) {
+        let hold = self.hold(backend);
+        let settled = hold.settled.load(Acquire);
+        (hold.captured.load(Acquire), settled)
+    }
+
+    /// Packets that the kernel program refused to hold, since the tables were made.
+    pub fn refused(&self, backend: BackendNumber) -> u64 {
+        self.hold(backend).refused.load(Relaxed)
+    }
+
+    /// Counts captured packets as sent or given up. After their sending has returned, never before.
+    pub fn settle(&self, backend: BackendNumber, packets: u64) {
+        self.hold(backend).settled.fetch_add(packets, SeqCst);
+    }
+}
