@@ -1,0 +1,226 @@
+//! `agent.toml`: read, then validated into another type, with every error naming its place.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::protocol::{Protocol, is_valid_id};
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// No such file, or not readable.
+    #[error("{} cannot be read", .0.display())]
+    Read(PathBuf, #[source] std::io::Error),
+    /// Not TOML, or an unknown or missing key; the message has the line.
+    #[error("{}: {message}", .file.display())]
+    Toml {
+        /// The file.
+        file: PathBuf,
+        /// With line and column.
+        message: String,
+    },
+    /// A value that makes no sense.
+    #[error("{}: {place}: {problem}", .file.display())]
+    Value {
+        /// The file.
+        file: PathBuf,
+        /// Where in it.
+        place: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    site: String,
+    listen: String,
+    state_dir: Option<PathBuf>,
+    criu: Option<Vec<String>>,
+    #[serde(default)]
+    workloads: Vec<RawWorkload>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWorkload {
+    name: String,
+    address: String,
+    protocol: Protocol,
+    command: Vec<String>,
+    dir: Option<PathBuf>,
+    log: Option<PathBuf>,
+    #[serde(default)]
+    start: bool,
+}
+
+/// A site agent's configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The site's name in the load balancer.
+    pub site: String,
+    /// Where the HTTP API listens.
+    pub listen: SocketAddr,
+    /// Where records and (on a tmpfs) images are kept.
+    pub state_dir: PathBuf,
+    /// Program and leading arguments of CRIU, if not the default.
+    pub criu: Option<Vec<String>>,
+    /// What may run here.
+    pub workloads: Vec<Workload>,
+}
+
+/// One server that may run at this site.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// The backend's name in the load balancer.
+    pub name: String,
+    /// The address that its sockets are bound to.
+    pub address: SocketAddr,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Program and arguments; never empty.
+    pub command: Vec<String>,
+    /// Its working directory.
+    pub dir: PathBuf,
+    /// Where its output goes; it has to be the same file at every site. Nowhere if `None`.
+    pub log: Option<PathBuf>,
+    /// Whether this agent starts it.
+    pub start: bool,
+}
+
+impl Config {
+    /// Reads and validates a file.
+    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|error| ConfigError::Read(file.into(), error))?;
+        Self::parse(&text, file)
+    }
+
+    fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        let raw: RawConfig = toml::from_str(text)
+            .map_err(|error| ConfigError::Toml { file: file.into(), message: error.to_string() })?;
+        raw.validate().map_err(|(place, problem)| ConfigError::Value { file: file.into(), place, problem })
+    }
+}
+
+/// A place in the file and what is wrong there.
+type Problem = (String, String);
+
+impl RawConfig {
+    fn validate(self) -> Result<Config, Problem> {
+        let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
+        if !is_valid_id(&self.site) {
+            return Err(at("site", "a name of letters, digits, `-`, `_` and `.` is meant"));
+        }
+        let listen =
+            self.listen.parse().map_err(|_| at("listen", "IP:PORT is meant, such as 10.2.1.1:7401"))?;
+        let state_dir = self.state_dir.unwrap_or_else(|| Path::new("/run/drover").join(&self.site));
+        if !state_dir.is_absolute() {
+            return Err(at("state_dir", "an absolute path is meant"));
+        }
+        if self.criu.as_ref().is_some_and(Vec::is_empty) {
+            return Err(at("criu", "a program is meant; leave the key out for the default"));
+        }
+        let mut workloads: Vec<Workload> = Vec::new();
+        for (index, raw) in self.workloads.into_iter().enumerate() {
+            let place = format!("workloads[{index}] {:?}", raw.name);
+            let workload = raw.validate().map_err(|(key, problem)| (format!("{place}: {key}"), problem))?;
+            for other in &workloads {
+                if other.name == workload.name {
+                    return Err((place, "the name is taken by a workload above".to_owned()));
+                }
+                if (other.address, other.protocol) == (workload.address, workload.protocol) {
+                    let problem = format!("the address is taken by workload {:?}", other.name);
+                    return Err((format!("{place}: address"), problem));
+                }
+            }
+            workloads.push(workload);
+        }
+        Ok(Config { site: self.site, listen, state_dir, criu: self.criu, workloads })
+    }
+}
+
+impl RawWorkload {
+    fn validate(self) -> Result<Workload, Problem> {
+        let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
+        if !is_valid_id(&self.name) {
+            return Err(at("name", "letters, digits, `-`, `_` and `.` are meant, at most 64"));
+        }
+        let address: SocketAddr =
+            self.address.parse().map_err(|_| at("address", "IP:PORT is meant, such as 10.1.0.1:6379"))?;
+        if address.ip().is_unspecified() || address.port() == 0 {
+            return Err(at("address", "the one address that clients are led to is meant, with its port"));
+        }
+        if self.command.first().is_none_or(String::is_empty) {
+            return Err(at("command", "a program and its arguments are meant"));
+        }
+        let dir = self.dir.unwrap_or_else(|| "/".into());
+        for (key, path) in [("dir", Some(&dir)), ("log", self.log.as_ref())] {
+            if path.is_some_and(|path| !path.is_absolute()) {
+                return Err(at(key, "an absolute path is meant"));
+            }
+        }
+        Ok(Workload {
+            name: self.name,
+            address,
+            protocol: self.protocol,
+            command: self.command,
+            dir,
+            log: self.log,
+            start: self.start,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+site = "ams"
+listen = "10.2.1.1:7401"
+[[workloads]]
+name = "chat-1"
+address = "10.1.0.1:6379"
+protocol = "tcp"
+command = ["redis-server"]
+start = true
+"#;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("agent.toml"))
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
+        assert_eq!(config.workloads[0].dir, Path::new("/"));
+        assert!(config.workloads[0].start);
+    }
+
+    #[test]
+    fn every_error_names_its_place() {
+        for (from, to, place) in [
+            ("\"ams\"", "\"../x\"", "agent.toml: site: "),
+            ("10.2.1.1:7401", "10.2.1.1", "agent.toml: listen: "),
+            ("site =", "sites =", "unknown field `sites`"),
+            ("start = true", "start = 1", "line 9"),
+            ("protocol = \"tcp\"", "protocol = \"sctp\"", "sctp"),
+            ("10.1.0.1:6379", "10.1.0.1/32", "workloads[0] \"chat-1\": address: "),
+            ("10.1.0.1:6379", "0.0.0.0:6379", "workloads[0] \"chat-1\": address: "),
+            ("[\"redis-server\"]", "[]", "workloads[0] \"chat-1\": command: "),
+            ("start = true", "dir = \"x\"", "workloads[0] \"chat-1\": dir: "),
+        ] {
+            let error = parse(&GOOD.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(place), "{to}: {error}");
+        }
+        let twice = format!("{GOOD}{}", &GOOD[GOOD.find("[[").unwrap()..]);
+        assert!(parse(&twice).unwrap_err().to_string().contains("workloads[1]"));
+        let same_address = twice.replacen("chat-1", "chat-0", 1);
+        let error = parse(&same_address).unwrap_err().to_string();
+        assert!(error.contains("taken by workload \"chat-0\""), "{error}");
+    }
+}

@@ -1,0 +1,18 @@
+//! The site agent: runs a site's workloads and performs its part of migrations.
+//!
+//! * [`config`]: `agent.toml`.
+//! * [`server`]: the HTTP API.
+//! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
+//! * [`session`]: what both roles' drivers share: inbox, events, view.
+//! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
+//! * [`images`]: the images' folders, and sending and receiving them.
+//!
+//! What is not here: any decision about a migration as a whole.
+
+pub mod config;
+pub mod images;
+pub mod server;
+pub mod session;
+pub mod site;
+pub mod source;
+pub mod target;

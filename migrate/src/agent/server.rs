@@ -1,0 +1,344 @@
+//! The agent's HTTP API on hyper: HTTP/2 in cleartext for coordinators and agents, HTTP/1.1 for curl.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use http::{StatusCode, header};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+
+use super::session::{Ask, Session};
+use super::site::{Place, Site, SiteError};
+use super::{source, target};
+use crate::client::chain;
+use crate::protocol::{
+    AgentEvent, Freeze, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
+    WorkloadStatus, is_valid_id,
+};
+
+/// Images come faster than the default windows of HTTP/2 would let them: in one go, up to this much.
+const WINDOW_BYTES: u32 = 64 << 20;
+/// See [`crate::client`].
+const MAX_FRAME_BYTES: u32 = 1 << 20;
+/// How long a migration that is just ending, or was called off, may take before another begins.
+const SETTLE_LIMIT: Duration = Duration::from_secs(3);
+/// How long `go`, `release` and `abort` wait; less than the coordinator does.
+const ANSWER_LIMIT: Duration = Duration::from_secs(4);
+
+/// Serves until the listener breaks.
+pub async fn serve(site: Arc<Site>, listener: TcpListener) -> std::io::Result<Infallible> {
+    let router = router(site);
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            // Of one connection, not of the listener.
+            Err(error) if is_of_one_connection(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        // An answer in the freeze window must not wait for another to share its packet.
+        stream.set_nodelay(true)?;
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let mut builder = auto::Builder::new(TokioExecutor::new());
+            builder
+                .http2()
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(WINDOW_BYTES)
+                .initial_connection_window_size(WINDOW_BYTES)
+                .max_frame_size(MAX_FRAME_BYTES);
+            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+                tracing::debug!(%peer, error = chain(&*error), "connection ended");
+            }
+        });
+    }
+}
+
+fn is_of_one_connection(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+fn router(site: Arc<Site>) -> axum::Router {
+    axum::Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route(
+            "/v1/workloads",
+            get(async |State(site): State<Arc<Site>>| Json::<Vec<WorkloadStatus>>(site.list())),
+        )
+        .route("/v1/workloads/{name}/start", post(start))
+        .route("/v1/workloads/{name}/stop", post(stop))
+        .route("/v1/migrations/{id}", get(status).put(prepare))
+        .route("/v1/migrations/{id}/events", get(events))
+        .route("/v1/migrations/{id}/freeze", post(freeze))
+        .route("/v1/migrations/{id}/images", post(images))
+        .route("/v1/migrations/{id}/go", post(go))
+        .route("/v1/migrations/{id}/release", post(release))
+        .route("/v1/migrations/{id}/abort", post(abort))
+        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .with_state(site)
+}
+
+/// An error as the API shows it.
+struct Refusal {
+    status: StatusCode,
+    detail: String,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self { status, detail: detail.into() }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let problem = Problem {
+            kind: "about:blank".to_owned(),
+            title: self.status.canonical_reason().unwrap_or("Error").to_owned(),
+            status: self.status.as_u16(),
+            detail: self.detail,
+        };
+        let json = [(header::CONTENT_TYPE, "application/problem+json")];
+        (self.status, json, Json(problem).0.to_body()).into_response()
+    }
+}
+
+impl Problem {
+    fn to_body(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("the protocol's types have only string keys")
+    }
+}
+
+impl From<SiteError> for Refusal {
+    fn from(error: SiteError) -> Self {
+        let status = match &error {
+            SiteError::Unknown(..) => StatusCode::NOT_FOUND,
+            SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } => StatusCode::CONFLICT,
+            SiteError::Address { .. } => StatusCode::BAD_REQUEST,
+            SiteError::Start { .. }
+            | SiteError::Holder(_)
+            | SiteError::Images(_)
+            | SiteError::Silence(_)
+            | SiteError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, chain(&error))
+    }
+}
+
+impl From<JsonRejection> for Refusal {
+    fn from(rejection: JsonRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
+/// A JSON body whose errors look like every other error.
+struct Body_<T>(T);
+
+impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body_<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let Json(body) = Json::from_request(request, state).await?;
+        Ok(Self(body))
+    }
+}
+
+type Answer<T> = Result<T, Refusal>;
+
+async fn start(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
+    Ok(site.start(&name).await?)
+}
+
+async fn stop(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
+    Ok(site.stop(&name).await?)
+}
+
+async fn prepare(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(prepare): Body_<Prepare>,
+) -> Answer<Json<Prepared>> {
+    if !is_valid_id(&id) {
+        return Err(Refusal::new(
+            StatusCode::BAD_REQUEST,
+            "a migration's id is at most 64 letters, digits, `-`, `_` and `.`",
+        ));
+    }
+    if site.session(&id).is_some() {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            format!("migration {id:?} has been begun here before"),
+        ));
+    }
+    let workload = site.workload(&prepare.workload)?;
+    if (workload.address, workload.protocol) != (prepare.address, prepare.protocol) {
+        let text = |address, protocol: crate::protocol::Protocol| format!("{address}/{}", protocol.as_str());
+        return Err(SiteError::Address {
+            name: workload.name.clone(),
+            site: site.config.site.clone(),
+            here: text(workload.address, workload.protocol),
+            there: text(prepare.address, prepare.protocol),
+        }
+        .into());
+    }
+    settle(&site, &prepare.workload).await;
+    match prepare.role {
+        Role::Source => source::prepare(&site, &id, &prepare).await.map_err(|error| match error {
+            source::PrepareError::Site(error) => error.into(),
+            error => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
+        })?,
+        Role::Target => target::prepare(&site, &id, &prepare).await.map_err(|error| match error {
+            target::PrepareError::Site(error) => error.into(),
+            error => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
+        })?,
+    }
+    Ok(Json(Prepared { site: site.config.site.clone() }))
+}
+
+/// Lets a migration that is ending end, and calls off one whose coordinator never came back: there is one
+/// coordinator, and it has just begun another.
+async fn settle(site: &Site, workload: &str) {
+    let Place::Migrating(session) = site.place(workload) else { return };
+    if session.view().idle {
+        session.ask(Ask::Abort);
+    }
+    // Whatever it is by then is dealt with by the one who called.
+    let _ = tokio::time::timeout(SETTLE_LIMIT, session.wait_end()).await;
+}
+
+fn known(site: &Site, id: &str) -> Answer<Arc<Session>> {
+    site.session(id).ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, format!("no migration {id:?} at site {:?}", site.config.site))
+    })
+}
+
+fn known_as(site: &Site, id: &str, role: Role) -> Answer<Arc<Session>> {
+    let session = known(site, id)?;
+    if session.role != role {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            format!("site {:?} is the {:?} of migration {id:?}", site.config.site, session.role),
+        ));
+    }
+    Ok(session)
+}
+
+async fn status(State(site): State<Arc<Site>>, Path(id): Path<String>) -> Answer<Json<MigrationStatus>> {
+    Ok(Json(known(&site, &id)?.status()))
+}
+
+async fn events(State(site): State<Arc<Site>>, Path(id): Path<String>) -> Answer<Response> {
+    let session = known(&site, &id)?;
+    let lines = futures_util::stream::unfold((session, 0), |(session, mut seen)| async move {
+        let lines = session.next_lines(&mut seen).await?;
+        Some((Ok::<_, Infallible>(lines), (session, seen)))
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+async fn freeze(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(freeze): Body_<Freeze>,
+) -> Answer<StatusCode> {
+    let settle = Duration::from_micros(freeze.settle_us);
+    known_as(&site, &id, Role::Source)?.ask(Ask::Freeze { settle });
+    Ok(StatusCode::ACCEPTED)
+}
+
+async fn images(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<()> {
+    let session = known_as(&site, &id, Role::Target)?;
+    let stream = request.into_body().into_data_stream();
+    target::receive(&site, &session, stream)
+        .await
+        .map_err(|error| Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, chain(&error)))
+}
+
+async fn go(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(part): Body_<Part>,
+) -> Answer<Json<Running>> {
+    let Some(session) = site.session(&id) else {
+        // An agent that was restarted after `go` has adopted what runs.
+        let running = site.running(&part.workload)?;
+        tracing::info!(migration = id, workload = part.workload, pid = running.1.pid, "runs already");
+        return Ok(Json(Running { at_unix_us: super::session::now_unix_us() }));
+    };
+    session.ask(Ask::Go);
+    let answer = session.wait_for(|event| match event {
+        AgentEvent::Running(running) => Some(Ok(*running)),
+        AgentEvent::Failed { reason } => Some(Err(reason.clone())),
+        _ => None,
+    });
+    match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+        Ok(Some(Ok(running))) => Ok(Json(running)),
+        Ok(Some(Err(reason))) => Err(Refusal::new(StatusCode::CONFLICT, reason)),
+        Ok(None) => Err(Refusal::new(StatusCode::CONFLICT, "the migration has ended here without a `go`")),
+        Err(_) => Err(Refusal::new(
+            StatusCode::CONFLICT,
+            format!("nothing is restored: the migration is {:?} here", session.view().state),
+        )),
+    }
+}
+
+async fn release(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(part): Body_<Part>,
+) -> Answer<Json<()>> {
+    if let Some(session) = site.session(&id) {
+        session.ask(Ask::Release);
+        ended(&session).await?;
+    }
+    // It may have fallen back by itself before the word came, or its agent may have been restarted. The
+    // target's copy is the one now.
+    site.stop_unheard(&part.workload).await?;
+    Ok(Json(()))
+}
+
+async fn abort(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(part): Body_<Part>,
+) -> Answer<Json<Option<Running>>> {
+    let Some(session) = site.session(&id) else {
+        if part.role == Role::Source {
+            site.running(&part.workload)?;
+        }
+        return Ok(Json(None));
+    };
+    session.ask(Ask::Abort);
+    let resumed = session.wait_for(|event| match event {
+        AgentEvent::Resumed(running) => Some(*running),
+        _ => None,
+    });
+    let resumed = tokio::time::timeout(ANSWER_LIMIT, resumed).await.ok().flatten();
+    ended(&session).await?;
+    let absent = session.view().workload == WorkloadState::Absent;
+    match session.role {
+        Role::Source if absent => Err(Refusal::new(StatusCode::CONFLICT, "the source has been released")),
+        Role::Target if !absent => {
+            Err(Refusal::new(StatusCode::CONFLICT, "the target runs: it was told `go`"))
+        }
+        Role::Source | Role::Target => Ok(Json(resumed)),
+    }
+}
+
+async fn ended(session: &Session) -> Answer<()> {
+    tokio::time::timeout(ANSWER_LIMIT, session.wait_end()).await.map_err(|_| {
+        Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("the migration is still {:?} here: ask again", session.view().state),
+        )
+    })
+}

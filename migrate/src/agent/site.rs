@@ -1,0 +1,351 @@
+//! The workloads of a site: starting, stopping, adopting, and which migration each is part of.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::UdpSocket;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::config::{Config, Workload};
+use super::images::{self, ImagesError};
+use super::session::{Session, View};
+use crate::criu::program::Program;
+use crate::net::repair;
+use crate::net::silence::{Scope, Silence, SilenceError};
+use crate::protocol::{WorkloadState, WorkloadStatus};
+use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
+use crate::workload::processes::{self, Process};
+use crate::workload::record::{Records, root_of};
+use crate::workload::sys;
+
+/// So many ended migrations can still be asked about.
+const REMEMBERED: usize = 64;
+/// How long a workload that was just started or resumed may take to be seen.
+const SEEN_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks for it.
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
+/// A program that cannot run ends at once.
+const EARLY_END: Duration = Duration::from_millis(50);
+
+/// Why something could not be done with a workload.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    /// Not in the configuration.
+    #[error("no workload {0:?} at site {1:?}: it has to be in the agent's configuration at both sites")]
+    Unknown(String, String),
+    /// It runs already, or is part of a migration.
+    #[error("workload {0:?} is {1}: {2}")]
+    Busy(String, &'static str, &'static str),
+    /// It does not run here.
+    #[error("workload {0:?} does not run at site {1:?}")]
+    Absent(String, String),
+    /// Its program does not run.
+    #[error("workload {name:?} could not be started: {why}")]
+    Start {
+        /// The workload.
+        name: String,
+        /// In the system's words.
+        why: String,
+    },
+    /// The address in the request is another.
+    #[error(
+        "workload {name:?} has address {here} at site {site:?}, but the load balancer says {there}: make them equal"
+    )]
+    Address {
+        /// The workload.
+        name: String,
+        /// This site.
+        site: String,
+        /// In the agent's configuration.
+        here: String,
+        /// In the request.
+        there: String,
+    },
+    /// The site does not hold the address.
+    #[error("site {site:?} does not hold {address}: add it there, such as `ip address add {address} dev lo`")]
+    NoAddress {
+        /// This site.
+        site: String,
+        /// The IP address.
+        address: std::net::IpAddr,
+        /// In the system's words.
+        #[source]
+        source: io::Error,
+    },
+    /// Namespaces.
+    #[error(transparent)]
+    Holder(#[from] HolderError),
+    /// Images.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
+    /// Silence rules.
+    #[error(transparent)]
+    Silence(#[from] SilenceError),
+    /// The state folder.
+    #[error("the state folder cannot be used")]
+    State(#[from] io::Error),
+}
+
+/// Where a workload is.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// Not here.
+    Absent,
+    /// Here.
+    Running(HolderPid),
+    /// Part of a migration.
+    Migrating(Arc<Session>),
+}
+
+/// One site.
+#[derive(Debug)]
+pub struct Site {
+    /// As configured.
+    pub config: Config,
+    /// CRIU.
+    pub criu: Program,
+    /// Which workloads outlive this agent.
+    pub records: Records,
+    /// Where images are.
+    pub images: PathBuf,
+    places: Mutex<HashMap<String, Place>>,
+    sessions: Mutex<VecDeque<Arc<Session>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Site {
+    /// Opens the site: sweeps what a former agent left, adopts what runs, starts what is to be started.
+    pub async fn open(config: Config) -> Result<Arc<Self>, SiteError> {
+        let criu = Program::find(config.criu.as_deref());
+        let records = Records::open(config.state_dir.join("workloads"))?;
+        let images = images::open_root(&config.state_dir)?;
+        let site = Arc::new(Self {
+            config,
+            criu,
+            records,
+            images,
+            places: Mutex::default(),
+            sessions: Mutex::default(),
+        });
+        for workload in &site.config.workloads {
+            let name = &workload.name;
+            let adopted = site.adopt(name).await;
+            // After the adoption: a source that its CRIU is still letting go stays silent until it runs.
+            site.silence(workload).sweep().await?;
+            if !adopted && workload.start {
+                site.start(name).await?;
+            }
+        }
+        Ok(site)
+    }
+
+    /// Takes over a workload that a former agent left running; false if there is none.
+    async fn adopt(self: &Arc<Self>, name: &str) -> bool {
+        let Some(holder) = self.records.find(name) else { return false };
+        // If the former agent died in a migration, its CRIU is letting the workload go at this moment.
+        let until = std::time::Instant::now() + SEEN_LIMIT;
+        while root_of(holder).is_some_and(|root| root.tracer != 0) && std::time::Instant::now() < until {
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        if root_of(holder).is_none() {
+            tracing::warn!(workload = name, "the workload's processes are gone; what is left is removed");
+            self.forget(name, holder).await;
+            return false;
+        }
+        self.set_running(name, holder);
+        tracing::info!(workload = name, "adopted");
+        true
+    }
+
+    /// A workload's configuration.
+    pub fn workload(&self, name: &str) -> Result<&Workload, SiteError> {
+        self.config
+            .workloads
+            .iter()
+            .find(|workload| workload.name == name)
+            .ok_or_else(|| SiteError::Unknown(name.to_owned(), self.config.site.clone()))
+    }
+
+    /// Its silence.
+    pub fn silence(&self, workload: &Workload) -> Silence {
+        let shared = self
+            .config
+            .workloads
+            .iter()
+            .any(|other| other.name != workload.name && other.address.ip() == workload.address.ip());
+        let scope = if shared { Scope::AddressAndPort } else { Scope::Address };
+        Silence::new(&workload.name, workload.address, workload.protocol, scope)
+    }
+
+    /// Fails unless the site holds the workload's address.
+    pub fn check_address(&self, workload: &Workload) -> Result<(), SiteError> {
+        let address = workload.address.ip();
+        match UdpSocket::bind((address, 0)) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(SiteError::NoAddress { site: self.config.site.clone(), address, source }),
+        }
+    }
+
+    /// Starts a workload here.
+    pub async fn start(self: &Arc<Self>, name: &str) -> Result<(), SiteError> {
+        let workload = self.workload(name)?;
+        self.check_absent(name)?;
+        self.check_address(workload)?;
+        let holder = Holder::start(Some(FIRST_WORKLOAD_PID)).await?;
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args(["enter", "--holder", &holder.pid().to_string(), "workload"]);
+        command.arg("--dir").arg(&workload.dir);
+        if let Some(log) = &workload.log {
+            command.arg("--log").arg(log);
+        }
+        command.arg("--").args(&workload.command).stdin(Stdio::null());
+        let failed = |why: String| SiteError::Start { name: name.to_owned(), why };
+        let output = command.output().await.map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+        }
+        // A program that cannot use its arguments or its address ends before anything else is done.
+        let until = std::time::Instant::now() + EARLY_END;
+        while std::time::Instant::now() < until {
+            if root_of(holder.pid()).is_none() {
+                return Err(failed(format!("{:?} ended at once", workload.command.join(" "))));
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        self.records.write(name, holder.pid())?;
+        let holder = holder.keep().await?;
+        self.set_running(name, holder);
+        tracing::info!(workload = name, "started");
+        Ok(())
+    }
+
+    /// Stops a workload that runs here; one that does not is stopped already.
+    pub async fn stop(&self, name: &str) -> Result<(), SiteError> {
+        self.workload(name)?;
+        let holder = match self.place(name) {
+            Place::Absent => return Ok(()),
+            Place::Running(holder) => holder,
+            Place::Migrating(_) => {
+                return Err(SiteError::Busy(name.to_owned(), "migrating", "stop it when that is over"));
+            }
+        };
+        self.set(name, Place::Absent);
+        self.forget(name, holder).await;
+        Ok(())
+    }
+
+    /// Kills a copy that was left behind when the other site's became the one. Its clients' connections live
+    /// on there, so nothing may be said on them from here.
+    pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
+        if let Place::Running(holder) = self.place(name) {
+            repair::disconnect(&processes::descendants(holder.pid));
+        }
+        self.stop(name).await
+    }
+
+    /// Fails unless the workload may come here.
+    pub fn check_absent(&self, name: &str) -> Result<(), SiteError> {
+        match self.place(name) {
+            Place::Absent => Ok(()),
+            Place::Running(_) => Err(SiteError::Busy(name.to_owned(), "running here", "there cannot be two")),
+            Place::Migrating(_) => {
+                Err(SiteError::Busy(name.to_owned(), "migrating", "wait for the end of that migration"))
+            }
+        }
+    }
+
+    /// The workload's holder and root process, if it runs here.
+    pub fn running(&self, name: &str) -> Result<(HolderPid, Process), SiteError> {
+        let absent = || SiteError::Absent(name.to_owned(), self.config.site.clone());
+        match self.place(name) {
+            Place::Running(holder) => root_of(holder).map(|root| (holder, root)).ok_or_else(absent),
+            Place::Absent => Err(absent()),
+            Place::Migrating(_) => Err(SiteError::Busy(
+                name.to_owned(),
+                "migrating",
+                "wait for the end of that migration, or abort it",
+            )),
+        }
+    }
+
+    /// Kills a holder and forgets it.
+    pub async fn forget(&self, name: &str, holder: HolderPid) {
+        self.records.remove(name);
+        if !holder.kill().await {
+            tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
+        }
+    }
+
+    /// Where it is.
+    pub fn place(&self, name: &str) -> Place {
+        lock(&self.places).get(name).cloned().unwrap_or(Place::Absent)
+    }
+
+    /// It is elsewhere from now on.
+    pub fn set(&self, name: &str, place: Place) {
+        lock(&self.places).insert(name.to_owned(), place);
+    }
+
+    /// It runs here from now on, and its end will be noticed.
+    pub fn set_running(self: &Arc<Self>, name: &str, holder: HolderPid) {
+        self.set(name, Place::Running(holder));
+        let Some(pidfd) = root_of(holder).and_then(|root| sys::pidfd_open(root.pid).ok()) else {
+            // It ended between two breaths; the next one who asks sees it.
+            return;
+        };
+        let (site, name) = (Arc::downgrade(self), name.to_owned());
+        tokio::spawn(async move {
+            processes::wait_pidfd(pidfd).await;
+            let Some(site) = site.upgrade() else { return };
+            let here = matches!(site.place(&name), Place::Running(now) if now == holder);
+            // Where a migration killed it, or it left, somebody else tidies up.
+            if here {
+                tracing::warn!(workload = name, "the workload has ended by itself");
+                site.set(&name, Place::Absent);
+                site.forget(&name, holder).await;
+            }
+        });
+    }
+
+    /// Adds a session; it can be asked about until so many others have come.
+    pub fn add_session(&self, session: &Arc<Session>) {
+        let mut sessions = lock(&self.sessions);
+        sessions.push_back(session.clone());
+        if sessions.len() > REMEMBERED
+            && let Some(oldest) = sessions.iter().position(|session| session.view().ended)
+        {
+            sessions.remove(oldest);
+        }
+    }
+
+    /// A session by its migration's id.
+    pub fn session(&self, id: &str) -> Option<Arc<Session>> {
+        lock(&self.sessions).iter().rev().find(|session| session.id == id).cloned()
+    }
+
+    /// For the API.
+    pub fn list(&self) -> Vec<WorkloadStatus> {
+        self.config.workloads.iter().map(|workload| self.status(&workload.name)).collect()
+    }
+
+    fn status(&self, name: &str) -> WorkloadStatus {
+        let (state, pid, migration) = match self.place(name) {
+            Place::Absent => (WorkloadState::Absent, None, None),
+            Place::Running(holder) => match root_of(holder) {
+                Some(root) => (WorkloadState::Running, Some(root.pid), None),
+                None => (WorkloadState::Absent, None, None),
+            },
+            Place::Migrating(session) => {
+                let View { workload, .. } = session.view();
+                let pid = self.records.find(name).and_then(root_of).map(|root| root.pid);
+                (workload, pid, Some(session.id.clone()))
+            }
+        };
+        WorkloadStatus { name: name.to_owned(), state, pid, migration }
+    }
+}

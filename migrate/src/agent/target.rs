@@ -1,0 +1,276 @@
+//! The target's driver: performs what [`crate::roles::target`] says, and tells it what happened.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::images::{Folder, ImagesError};
+use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
+use super::site::{Place, Site, SiteError};
+use crate::client::chain;
+use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
+use crate::net::repair;
+use crate::net::silence::SilenceError;
+use crate::protocol::{Prepare, Role, WorkloadState};
+use crate::roles::target::{Before, Command, Committed, Event, State};
+use crate::workload::holder::{Holder, HolderError, HolderPid};
+use crate::workload::processes;
+
+/// Why a target could not get ready.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// The workload.
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    /// The rules.
+    #[error(transparent)]
+    Silence(#[from] SilenceError),
+    /// The namespaces.
+    #[error(transparent)]
+    Holder(#[from] HolderError),
+    /// CRIU.
+    #[error(transparent)]
+    Criu(#[from] SwrkError),
+    /// The images.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
+}
+
+struct Driver {
+    site: Arc<Site>,
+    session: Arc<Session>,
+    holder_pid: HolderPid,
+    /// Until it is told to stay.
+    holder: Option<Holder>,
+    /// Wiped when the driver ends.
+    _folder: Folder,
+    swrk: Option<Swrk>,
+    patience: Duration,
+    expires: Instant,
+    inner: mpsc::UnboundedSender<Event>,
+}
+
+/// Gets the target ready: an empty pid namespace with CRIU in it waits for images.
+pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<(), PrepareError> {
+    let name = &prepare.workload;
+    let workload = site.workload(name)?;
+    site.check_absent(name)?;
+    site.check_address(workload)?;
+    let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
+    let session = Arc::new(session);
+    site.set(name, Place::Migrating(session.clone()));
+    match ready(site, &session, prepare).await {
+        Ok((driver, news)) => {
+            site.add_session(&session);
+            driver.show(&State::START);
+            tokio::spawn(driver.run(asks, news));
+            Ok(())
+        }
+        Err(error) => {
+            site.set(name, Place::Absent);
+            Err(error)
+        }
+    }
+}
+
+async fn ready(
+    site: &Arc<Site>,
+    session: &Arc<Session>,
+    prepare: &Prepare,
+) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
+    // Silence of a former migration would make the restored server deaf.
+    site.silence(site.workload(&prepare.workload)?).sweep().await?;
+    let folder = Folder::create(&site.images, &session.id)?;
+    let holder = Holder::start(None).await?;
+    let mut swrk = Swrk::start(&site.criu, holder.pid(), folder.path())?;
+    swrk.warm().await?;
+    let (inner, news) = mpsc::unbounded_channel();
+    let driver = Driver {
+        site: site.clone(),
+        session: session.clone(),
+        holder_pid: holder.pid(),
+        holder: Some(holder),
+        _folder: folder,
+        swrk: Some(swrk),
+        patience: patience(prepare.hold_deadline_ms),
+        expires: Instant::now() + PREPARED_LIMIT,
+        inner,
+    };
+    Ok((driver, news))
+}
+
+/// Takes the images that the source sends.
+pub async fn receive<E: std::fmt::Display>(
+    site: &Site,
+    session: &Session,
+    stream: impl futures_util::Stream<Item = Result<bytes::Bytes, E>> + Unpin,
+) -> Result<(), ImagesError> {
+    let path = site.images.join(&session.id);
+    match Folder::receive(&path, stream, || session.ask(Ask::ImagesBegun)).await {
+        Ok(sent_bytes) => {
+            session.ask(Ask::ImagesComplete { sent_bytes });
+            Ok(())
+        }
+        Err(error) => {
+            session.ask(Ask::ImagesFailed(chain(&error)));
+            Err(error)
+        }
+    }
+}
+
+impl Driver {
+    async fn run(mut self, mut asks: mpsc::UnboundedReceiver<Ask>, mut news: mpsc::UnboundedReceiver<Event>) {
+        let mut state = State::START;
+        loop {
+            let event = tokio::select! {
+                biased;
+                said = next(&mut self.swrk) => self.heard(said).await,
+                Some(event) = news.recv() => Some(event),
+                Some(ask) = asks.recv() => self.asked(ask),
+                () = tokio::time::sleep_until(self.expires.into()) => {
+                    self.expires = Instant::now() + self.patience;
+                    Some(Event::Expired)
+                }
+            };
+            let Some(event) = event else { continue };
+            tracing::debug!(migration = %self.session.id, ?event, "target");
+            let (next, commands) = state.on(event);
+            state = next;
+            let mut over = false;
+            for command in commands {
+                over |= command == Command::End;
+                self.perform(command, &state).await;
+            }
+            if over {
+                return;
+            }
+            self.show(&state);
+        }
+    }
+
+    async fn heard(&mut self, said: Said) -> Option<Event> {
+        match said {
+            Said::Hook(Hook::PreResume) => Some(Event::HookPreResume),
+            Said::Hook(Hook::PostResume) => Some(Event::HookPostResume { at_unix_us: now_unix_us() }),
+            Said::Hook(_) => {
+                self.answer().await;
+                None
+            }
+            Said::Ended(ended) => {
+                if let Some(swrk) = self.swrk.take() {
+                    // It has to be gone before the workload's root is looked for.
+                    swrk.end().await;
+                }
+                let failed = match ended {
+                    Ended::Well => None,
+                    Ended::Failed { reason, .. } => Some(reason),
+                };
+                Some(Event::CriuEnded { failed })
+            }
+        }
+    }
+
+    fn asked(&mut self, ask: Ask) -> Option<Event> {
+        match ask {
+            Ask::Go => Some(Event::Go),
+            Ask::Abort => Some(Event::Abort),
+            Ask::ImagesBegun => {
+                self.expires = Instant::now() + self.patience;
+                None
+            }
+            Ask::ImagesComplete { sent_bytes } => Some(Event::ImagesComplete { sent_bytes }),
+            Ask::ImagesFailed(reason) => Some(Event::ImagesFailed(reason)),
+            // A source's.
+            Ask::Freeze { .. } | Ask::Release => None,
+        }
+    }
+
+    async fn perform(&mut self, command: Command, state: &State) {
+        match command {
+            Command::Restore => {
+                if let Some(swrk) = &mut self.swrk
+                    && let Err(error) = swrk.restore().await
+                {
+                    tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
+                }
+            }
+            Command::Keep => {
+                // From here on the workload outlives this agent. A tmpfs or disk cache takes the record at
+                // once; nothing is flushed.
+                if let Err(error) = self.site.records.write(&self.session.workload, self.holder_pid) {
+                    tracing::error!(%error, "a restarted agent will not find the workload");
+                }
+                if let Some(holder) = self.holder.take()
+                    && let Err(error) = holder.keep().await
+                {
+                    tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
+                }
+                self.answer().await;
+            }
+            Command::Yes => self.answer().await,
+            Command::Drop => {
+                // Stopped, but with its connections out of repair mode: killed like this it would say so to
+                // every client.
+                let sockets = repair::disconnect(&processes::descendants(self.holder_pid.pid));
+                tracing::debug!(sockets, "taken off the wire");
+                if !self.holder_pid.kill().await {
+                    tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
+                }
+                self.holder = None;
+                let _ = self.inner.send(Event::Dropped);
+            }
+            Command::Report(event) => self.session.report(event),
+            Command::End => self.end(state).await,
+        }
+    }
+
+    async fn answer(&mut self) {
+        if let Some(swrk) = &mut self.swrk
+            && let Err(error) = swrk.answer(true).await
+        {
+            tracing::warn!(error = chain(&error), "CRIU could not be answered");
+        }
+    }
+
+    fn show(&self, state: &State) {
+        let (words, workload, idle, ended) = match state {
+            State::Before(Before::Waiting) => ("waiting for images", WorkloadState::Restoring, true, false),
+            State::Before(Before::Restoring) => ("restoring", WorkloadState::Restoring, false, false),
+            State::Before(Before::Restored) => ("restored", WorkloadState::Restored, false, false),
+            State::Committed(Committed::Starting) => ("starting", WorkloadState::Restored, false, false),
+            State::Committed(Committed::Running(_)) => ("running", WorkloadState::Running, false, false),
+            State::Dropping => ("dropping", WorkloadState::Restoring, false, false),
+            State::Dropped => ("dropped", WorkloadState::Absent, false, true),
+            State::Lost => ("lost", WorkloadState::Absent, false, true),
+        };
+        self.session.show(View { state: words.to_owned(), workload, idle, ended });
+    }
+
+    async fn end(&mut self, state: &State) {
+        let name = self.session.workload.clone();
+        let running = matches!(state, State::Committed(_));
+        if running {
+            self.site.set_running(&name, self.holder_pid);
+        } else {
+            self.site.forget(&name, self.holder_pid).await;
+            self.site.set(&name, Place::Absent);
+        }
+        if let Some(swrk) = self.swrk.take() {
+            swrk.end().await;
+        }
+        let view = self.session.view();
+        if running {
+            self.session.show(View { ended: true, ..view });
+        } else {
+            self.show(state);
+        }
+    }
+}
+
+async fn next(swrk: &mut Option<Swrk>) -> Said {
+    match swrk {
+        Some(swrk) => swrk.next().await,
+        None => std::future::pending().await,
+    }
+}

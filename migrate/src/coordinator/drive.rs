@@ -1,0 +1,422 @@
+//! Performs what the [`machine`](super::machine) says: calls the load balancer, asks the agents, watches the
+//! clock, and tells the progress. Decides nothing.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::Method;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::machine::{Command, Event, Machine, State};
+use super::{AgentAt, Cutover, Outcome, Progress, Report, Spec};
+use crate::client::{AgentClient, ClientError, chain};
+use crate::protocol::{AgentEvent, Freeze, Part, Prepare, Prepared, Role, Running};
+
+/// An agent may have to start processes and warm caches.
+const PREPARE_ANSWER: Duration = Duration::from_secs(20);
+/// Every other answer: short enough to try again in time.
+const ANSWER: Duration = Duration::from_secs(5);
+/// The agents' clocks are taken at their word unless they disagree with the coordinator's by more than this.
+const CLOCK_TOLERANCE_MS: f64 = 5.0;
+
+/// What comes back from the agents, with the moment of its arrival.
+struct News {
+    event: Event,
+    at: Instant,
+    figures: Figures,
+}
+
+/// Numbers that come with events; they go into the report and decide nothing.
+#[derive(Clone, Copy, Default)]
+struct Figures {
+    frozen_at: Option<i64>,
+    running_at: Option<i64>,
+    resumed_at: Option<i64>,
+    image_bytes: Option<u64>,
+    sent_bytes: Option<u64>,
+}
+
+struct Driver {
+    spec: Spec,
+    cutover: Arc<dyn Cutover>,
+    started: Instant,
+    machine: Machine,
+    news: mpsc::UnboundedSender<News>,
+    source: Option<Arc<AgentClient>>,
+    target: Option<Arc<AgentClient>>,
+    /// Requests and event streams under way; they end with the migration.
+    tasks: JoinSet<()>,
+    figures: Figures,
+    frozen_seen: Option<Instant>,
+    running_seen: Option<Instant>,
+    restored_seen: Option<Instant>,
+    flip_us: f64,
+    progress: mpsc::UnboundedSender<Progress>,
+    told: usize,
+    told_open: bool,
+}
+
+pub(super) async fn drive(
+    spec: Spec,
+    machine: Machine,
+    commands: Vec<Command>,
+    cutover: Arc<dyn Cutover>,
+    abort: CancellationToken,
+    progress: mpsc::UnboundedSender<Progress>,
+) -> Report {
+    let (news, mut inbox) = mpsc::unbounded_channel();
+    let client = |at: &AgentAt| AgentClient::new(&at.url).map(Arc::new);
+    let (source, target) = (client(&spec.source), client(&spec.target));
+    let trouble = source.as_ref().err().or(target.as_ref().err()).map(ToString::to_string);
+    let mut driver = Driver {
+        source: source.ok(),
+        target: target.ok(),
+        spec,
+        cutover,
+        started: Instant::now(),
+        machine,
+        news,
+        tasks: JoinSet::new(),
+        figures: Figures::default(),
+        frozen_seen: None,
+        running_seen: None,
+        restored_seen: None,
+        flip_us: 0.0,
+        progress,
+        told: 0,
+        told_open: false,
+    };
+    match trouble {
+        Some(trouble) => driver.take(Event::TargetFailed(trouble), Instant::now()),
+        None => driver.perform(commands),
+    }
+    let mut aborted = false;
+    let (outcome, reason) = loop {
+        driver.tell_progress();
+        if let State::Finished { outcome, reason } = driver.machine.state() {
+            break (*outcome, reason.clone());
+        }
+        let wake_at = driver.machine.wake_at().map(|at| driver.started + at);
+        let tick = async {
+            match wake_at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            Some(news) = inbox.recv() => driver.take_news(news),
+            () = abort.cancelled(), if !aborted => {
+                aborted = true;
+                driver.take(Event::Abort, Instant::now());
+            }
+            () = tick => driver.take(Event::Tick, Instant::now()),
+        }
+    };
+    let report = driver.report(outcome, reason);
+    // A receiver that has gone away wants no progress.
+    let _ = driver.progress.send(Progress::Finished(report.clone()));
+    report
+}
+
+impl Driver {
+    fn take_news(&mut self, news: News) {
+        let figures = &mut self.figures;
+        figures.frozen_at = figures.frozen_at.or(news.figures.frozen_at);
+        figures.running_at = figures.running_at.or(news.figures.running_at);
+        figures.resumed_at = figures.resumed_at.or(news.figures.resumed_at);
+        figures.image_bytes = news.figures.image_bytes.or(figures.image_bytes);
+        figures.sent_bytes = news.figures.sent_bytes.or(figures.sent_bytes);
+        match news.event {
+            Event::Frozen => self.frozen_seen = self.frozen_seen.or(Some(news.at)),
+            Event::Restored => self.restored_seen = Some(news.at),
+            Event::Running | Event::SourceResumed => {
+                self.running_seen = self.running_seen.or(Some(news.at));
+            }
+            _ => {}
+        }
+        self.take(news.event, news.at);
+    }
+
+    fn take(&mut self, event: Event, at: Instant) {
+        tracing::debug!(migration = %self.spec.id, ?event, "event");
+        let commands = self.machine.on(event, at.saturating_duration_since(self.started));
+        self.perform(commands);
+    }
+
+    /// Performs commands; the load balancer's answers are taken at once, the agents' come as news.
+    fn perform(&mut self, commands: Vec<Command>) {
+        let mut queue = VecDeque::from(commands);
+        while let Some(command) = queue.pop_front() {
+            tracing::debug!(migration = %self.spec.id, ?command, "command");
+            let backend = self.spec.backend.as_str();
+            let answer = match command {
+                Command::PrepareTarget => match self.cutover.stage(backend, &self.spec.target.site) {
+                    Ok(()) => {
+                        self.prepare(Role::Target);
+                        None
+                    }
+                    Err(error) => Some(Event::CutoverRefused(error.to_string())),
+                },
+                Command::PrepareSource => {
+                    self.prepare(Role::Source);
+                    None
+                }
+                Command::Hold => Some(match self.cutover.hold(backend, self.spec.hold) {
+                    Ok(generation) => Event::Held { generation },
+                    Err(error) => Event::CutoverRefused(error.to_string()),
+                }),
+                Command::Flip { generation } => {
+                    let flipped = self.cutover.flip(backend, generation, &self.spec.target.site);
+                    if let Some(arrived) = self.restored_seen {
+                        self.flip_us = arrived.elapsed().as_secs_f64() * 1e6;
+                    }
+                    Some(match flipped {
+                        Ok(_) => Event::Flipped,
+                        Err(error) => Event::CutoverRefused(error.to_string()),
+                    })
+                }
+                Command::ResumeGate { generation } => Some(match self.cutover.resume(backend, generation) {
+                    Ok(_) => Event::GateResumed,
+                    Err(error) => Event::ResumeRefused(error.to_string()),
+                }),
+                Command::Freeze => {
+                    let settle_us = u64::try_from(self.spec.drain.as_micros()).unwrap_or(u64::MAX);
+                    self.ask(Role::Source, "freeze", Freeze { settle_us }, |_: ()| None);
+                    None
+                }
+                Command::Go => {
+                    let part = self.part(Role::Target);
+                    self.ask(Role::Target, "go", part, |running: Running| {
+                        let figures = Figures { running_at: Some(running.at_unix_us), ..Figures::default() };
+                        Some((Event::Running, figures))
+                    });
+                    None
+                }
+                Command::Release => {
+                    let part = self.part(Role::Source);
+                    self.ask(Role::Source, "release", part, |_: ()| {
+                        Some((Event::Released, Figures::default()))
+                    });
+                    None
+                }
+                Command::ResumeSource => {
+                    let part = self.part(Role::Source);
+                    self.ask(Role::Source, "abort", part, |running: Option<Running>| {
+                        let resumed_at = running.map(|running| running.at_unix_us);
+                        Some((Event::SourceResumed, Figures { resumed_at, ..Figures::default() }))
+                    });
+                    None
+                }
+                Command::DropTarget => {
+                    let part = self.part(Role::Target);
+                    self.ask(Role::Target, "abort", part, |_: ()| {
+                        Some((Event::TargetDropped, Figures::default()))
+                    });
+                    None
+                }
+            };
+            if let Some(event) = answer {
+                tracing::debug!(migration = %self.spec.id, ?event, "event");
+                queue.extend(self.machine.on(event, self.started.elapsed()));
+            }
+        }
+    }
+
+    fn part(&self, role: Role) -> Part {
+        Part { role, workload: self.spec.backend.clone() }
+    }
+
+    fn client(&self, role: Role) -> Option<Arc<AgentClient>> {
+        match role {
+            Role::Source => self.source.clone(),
+            Role::Target => self.target.clone(),
+        }
+    }
+
+    /// Asks an agent to prepare and follows its events from then on.
+    fn prepare(&mut self, role: Role) {
+        let Some(client) = self.client(role) else { return };
+        let news = self.news.clone();
+        let id = self.spec.id.clone();
+        let prepare = Prepare {
+            role,
+            workload: self.spec.backend.clone(),
+            address: self.spec.address,
+            protocol: self.spec.protocol,
+            target_url: (role == Role::Source).then(|| self.spec.target.url.clone()),
+            hold_deadline_ms: u64::try_from(self.spec.hold.deadline.as_millis()).unwrap_or(u64::MAX),
+        };
+        let site = match role {
+            Role::Source => self.spec.source.site.clone(),
+            Role::Target => self.spec.target.site.clone(),
+        };
+        self.tasks.spawn(async move {
+            let path = format!("/v1/migrations/{id}");
+            let answer: Result<Prepared, _> =
+                client.json(Method::PUT, &path, Some(&prepare), PREPARE_ANSWER).await;
+            let failed = match answer {
+                Ok(prepared) if prepared.site == site => {
+                    follow(&client, role, &id, &news).await.err().map(|error| chain(&error))
+                }
+                Ok(prepared) => Some(format!(
+                    "the agent that answers for site {site:?} says that it is of site {:?}: correct the site's \
+                     agent address",
+                    prepared.site
+                )),
+                Err(error) => Some(chain(&error)),
+            };
+            if let Some(reason) = failed {
+                tell(&news, failure(role, reason));
+            }
+        });
+    }
+
+    /// Sends a request; its answer or its failure comes as news.
+    fn ask<Q, A>(
+        &mut self,
+        role: Role,
+        verb: &'static str,
+        body: Q,
+        then: impl FnOnce(A) -> Option<(Event, Figures)> + Send + 'static,
+    ) where
+        Q: serde::Serialize + Send + Sync + 'static,
+        A: serde::de::DeserializeOwned + Send + 'static,
+    {
+        let news = self.news.clone();
+        let Some(client) = self.client(role) else {
+            tell(&news, failure(role, "its agent's address is wrong".to_owned()));
+            return;
+        };
+        let path = format!("/v1/migrations/{}/{verb}", self.spec.id);
+        self.tasks.spawn(async move {
+            let answer: Result<A, ClientError> = client.json(Method::POST, &path, Some(&body), ANSWER).await;
+            match answer {
+                Ok(answer) => {
+                    if let Some((event, figures)) = then(answer) {
+                        let _ = news.send(News { event, at: Instant::now(), figures });
+                    }
+                }
+                Err(error) => tell(&news, failure(role, chain(&error))),
+            }
+        });
+    }
+
+    fn tell_progress(&mut self) {
+        let phases = self.machine.phases();
+        let open = self.machine.last_phase_is_open();
+        // The last one told may have been open then.
+        let from = if self.told_open { self.told - 1 } else { self.told };
+        for (place, phase) in phases.iter().enumerate().skip(from) {
+            let is_open = open && place + 1 == phases.len();
+            if is_open && place < self.told {
+                continue;
+            }
+            let end_ms = (!is_open).then_some(phase.end_ms);
+            // A receiver that has gone away wants no progress.
+            let _ =
+                self.progress.send(Progress::Phase { name: phase.name, start_ms: phase.start_ms, end_ms });
+        }
+        (self.told, self.told_open) = (phases.len(), open);
+    }
+
+    fn report(&self, outcome: Outcome, reason: Option<String>) -> Report {
+        let figures = self.figures;
+        let running_at = match outcome {
+            Outcome::RolledBack => figures.resumed_at,
+            Outcome::Committed | Outcome::InDoubt => figures.running_at,
+        };
+        let seen_ms = self
+            .frozen_seen
+            .zip(self.running_seen)
+            .map(|(frozen, running)| running.saturating_duration_since(frozen).as_secs_f64() * 1e3);
+        let told_ms = figures.frozen_at.zip(running_at).map(|(from, to)| (to - from) as f64 / 1e3);
+        let freeze_ms = match (told_ms, seen_ms) {
+            (Some(told), Some(seen)) if (told - seen).abs() <= CLOCK_TOLERANCE_MS => told,
+            (_, Some(seen)) => seen,
+            (_, None) => 0.0,
+        };
+        Report {
+            outcome,
+            reason,
+            phases: self.machine.phases().to_vec(),
+            freeze_ms,
+            flip_us: self.flip_us,
+            frozen_at_unix_us: figures.frozen_at,
+            running_at_unix_us: figures.frozen_at.and(running_at),
+            image_bytes: figures.image_bytes.unwrap_or(0),
+            sent_bytes: figures.sent_bytes.unwrap_or(0),
+        }
+    }
+}
+
+fn failure(role: Role, reason: String) -> Event {
+    match role {
+        Role::Source => Event::SourceFailed(reason),
+        Role::Target => Event::TargetFailed(reason),
+    }
+}
+
+fn tell(news: &mpsc::UnboundedSender<News>, event: Event) {
+    // The driver drops its end only when the migration is over.
+    let _ = news.send(News { event, at: Instant::now(), figures: Figures::default() });
+}
+
+/// Turns an agent's events into the machine's until the role's last one.
+async fn follow(
+    client: &AgentClient,
+    role: Role,
+    id: &str,
+    news: &mpsc::UnboundedSender<News>,
+) -> Result<(), ClientError> {
+    // Only now: a report of the freeze window must not wait for a stream to be opened.
+    let opened = || {
+        tell(
+            news,
+            match role {
+                Role::Source => Event::SourcePrepared,
+                Role::Target => Event::TargetPrepared,
+            },
+        );
+    };
+    client
+        .events(id, opened, |event, at| {
+            let last = matches!(event, AgentEvent::Released | AgentEvent::Resumed(_) | AgentEvent::Dropped)
+                || (role == Role::Target && matches!(event, AgentEvent::Running(_)));
+            let mut figures = Figures::default();
+            let event = match event {
+                AgentEvent::Drained => Event::Drained,
+                AgentEvent::Frozen { at_unix_us } => {
+                    figures.frozen_at = Some(at_unix_us);
+                    Event::Frozen
+                }
+                AgentEvent::Dumped { image_bytes } => {
+                    figures.image_bytes = Some(image_bytes);
+                    Event::Dumped
+                }
+                AgentEvent::Received { sent_bytes } => {
+                    figures.sent_bytes = Some(sent_bytes);
+                    Event::Received
+                }
+                AgentEvent::Restored => Event::Restored,
+                AgentEvent::Running(running) => {
+                    figures.running_at = Some(running.at_unix_us);
+                    Event::Running
+                }
+                AgentEvent::Released => Event::Released,
+                AgentEvent::Resumed(running) => {
+                    figures.resumed_at = Some(running.at_unix_us);
+                    Event::SourceResumed
+                }
+                AgentEvent::Dropped => Event::TargetDropped,
+                AgentEvent::Failed { reason } => failure(role, reason),
+            };
+            let _ = news.send(News { event, at, figures });
+            if last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .await
+}

@@ -1,0 +1,193 @@
+//! The coordinator: the one place that decides how a migration goes on. It runs inside the load balancer.
+//!
+//! [`machine`] decides and knows no I/O; [`drive`] performs what it says; [`crate::client`] talks to the agents.
+//! What is not here: how a gate is held, flipped or resumed. The load balancer implements [`Cutover`].
+
+mod drive;
+pub mod machine;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+pub use crate::protocol::Protocol;
+
+/// What the coordinator needs of the load balancer. Each call returns at once: no I/O is waited for.
+pub trait Cutover: Send + Sync + 'static {
+    /// Closes the backend's gate; gives the gate's new generation.
+    fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError>;
+    /// Writes the target's location beforehand, so that the flip is one store. Fails if the site has no route.
+    fn stage(&self, backend: &str, to_site: &str) -> Result<(), CutoverError>;
+    /// Points the backend at the other site and lets the held packets go; gives the new generation.
+    fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, CutoverError>;
+    /// Opens the gate where it was; gives the new generation.
+    fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError>;
+}
+
+/// How a gate is to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldRequest {
+    /// How long the hold may last before the migration rolls back.
+    pub deadline: Duration,
+    /// What happens to packets meanwhile.
+    pub policy: Policy,
+}
+
+/// What a closed gate does with packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// They are kept and sent on afterwards, in order.
+    #[default]
+    Hold,
+    /// They are dropped.
+    Drop,
+}
+
+/// Why the load balancer refused, for an operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct CutoverError(pub String);
+
+/// A site and how its agent is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentAt {
+    /// The site's name in the load balancer.
+    pub site: String,
+    /// The agent's address, as `http://host:port`.
+    pub url: String,
+}
+
+/// One migration to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// Unique at both agents; letters, digits, `-`, `_` and `.`, at most 64.
+    pub id: String,
+    /// The backend's name, which is the workload's name at both agents.
+    pub backend: String,
+    /// The address that its sockets are bound to.
+    pub address: SocketAddr,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Where it runs.
+    pub source: AgentAt,
+    /// Where it is to run.
+    pub target: AgentAt,
+    /// How the gate is to hold.
+    pub hold: HoldRequest,
+    /// The least time between hold and freeze, in which packets under way arrive.
+    pub drain: Duration,
+}
+
+/// The default of [`Spec::drain`].
+pub const DEFAULT_DRAIN: Duration = Duration::from_millis(1);
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The backend runs at the target.
+    Committed,
+    /// The backend runs at the source, as before.
+    RolledBack,
+    /// An operator has to look; the report's reason says at what.
+    InDoubt,
+}
+
+/// When a phase was, in milliseconds since the migration's start.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PhaseTime {
+    /// One of [`machine::PHASES`], or `rollback`.
+    pub name: &'static str,
+    /// Its start.
+    pub start_ms: f64,
+    /// Its end.
+    pub end_ms: f64,
+}
+
+impl PhaseTime {
+    fn new(name: &'static str, start: Duration, end: Duration) -> Self {
+        Self { name, start_ms: start.as_secs_f64() * 1e3, end_ms: end.as_secs_f64() * 1e3 }
+    }
+}
+
+/// What a migration came to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, unless all went well.
+    pub reason: Option<String>,
+    /// Every phase with its times, in order.
+    pub phases: Vec<PhaseTime>,
+    /// From the source's freeze to the target's tasks running (or the source's, after a rollback); 0 if
+    /// nothing was frozen.
+    pub freeze_ms: f64,
+    /// From the arrival of the target's report to the return of the gate's store; 0 if there was no flip.
+    pub flip_us: f64,
+    /// When the freeze window began, by the source agent's `CLOCK_REALTIME`.
+    pub frozen_at_unix_us: Option<i64>,
+    /// When it ended, by the agent's `CLOCK_REALTIME` where the tasks run.
+    pub running_at_unix_us: Option<i64>,
+    /// Bytes of the images.
+    pub image_bytes: u64,
+    /// Bytes sent from source to target.
+    pub sent_bytes: u64,
+}
+
+/// What happens while a migration runs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "progress", rename_all = "snake_case")]
+pub enum Progress {
+    /// A phase began (no end) or ended.
+    Phase {
+        /// Its name.
+        name: &'static str,
+        /// Milliseconds since the migration's start.
+        start_ms: f64,
+        /// Likewise, once it has ended.
+        end_ms: Option<f64>,
+    },
+    /// It is over.
+    Finished(Report),
+}
+
+/// Runs one migration to its end. `abort` is honoured before the flip only.
+///
+/// On [`Outcome::Committed`] the backend runs at the target and the gate points there; on
+/// [`Outcome::RolledBack`] it runs at the source and the gate is open to it.
+pub async fn run(
+    spec: Spec,
+    cutover: Arc<dyn Cutover>,
+    abort: CancellationToken,
+    progress: mpsc::UnboundedSender<Progress>,
+) -> Report {
+    let (machine, commands) = machine::Machine::start(spec.hold.deadline);
+    drive::drive(spec, machine, commands, cutover, abort, progress).await
+}
+
+/// Ends a migration that a former coordinator left behind with a gate that is not `forward`.
+///
+/// `active_site` is where the gate's word points: at the target, the flip has happened and the migration is
+/// finished; at the source, it is rolled back.
+pub async fn recover(
+    spec: Spec,
+    active_site: &str,
+    generation: u32,
+    cutover: Arc<dyn Cutover>,
+    progress: mpsc::UnboundedSender<Progress>,
+) -> Report {
+    let (machine, commands) = if active_site == spec.target.site {
+        machine::Machine::recover_forward(spec.hold.deadline)
+    } else {
+        machine::Machine::recover_back(generation, spec.hold.deadline)
+    };
+    drive::drive(spec, machine, commands, cutover, CancellationToken::new(), progress).await
+}
+
+#[cfg(test)]
+mod machine_tests;

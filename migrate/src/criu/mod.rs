@@ -1,0 +1,11 @@
+//! CRIU, driven through its RPC: `criu swrk FD` is started before the freeze and asks back at its hooks.
+//!
+//! * [`rpc`]: the messages (CRIU's `rpc.proto`, the part that is used).
+//! * [`swrk`]: one CRIU process and the connection to it.
+//! * [`log`]: the lines of CRIU's log that say why something failed.
+//! * [`program`]: which CRIU is run.
+
+pub mod log;
+pub mod program;
+pub mod rpc;
+pub mod swrk;

@@ -1,0 +1,266 @@
+//! One CRIU process (`criu swrk FD`) inside a workload's namespaces, and the connection to it.
+//!
+//! The process gets a socket and the images folder and nothing else. The folder is named to CRIU as
+//! `/proc/self/fd/N` through a configuration file, since CRIU runs in another pid namespace (so a descriptor
+//! of ours means nothing to it) and in a mount namespace whose `/run` may hide the folder's path.
+//! If this process goes away while CRIU waits in its post-dump hook, CRIU lets the source run again.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use prost::Message;
+use tokio::io::unix::AsyncFd;
+
+use super::log;
+use super::program::Program;
+use super::rpc::{CGROUPS_IGNORE, Features, Kind, NETWORK_LOCK_SKIP, Options, Request, Response};
+use crate::workload::enter;
+use crate::workload::holder::HolderPid;
+use crate::workload::sys;
+
+/// Deleted files up to this size travel inside the images.
+const GHOST_LIMIT_BYTES: u32 = 64 << 20;
+/// A CRIU that has said its last word ends at once; one that does not is left to itself.
+const END_LIMIT: Duration = Duration::from_secs(5);
+/// CRIU's messages are small; the largest carries one line of error text.
+const MAX_MESSAGE_BYTES: usize = 64 << 10;
+/// Warnings and errors; more would cost time in the freeze window.
+const LOG_LEVEL: i32 = 2;
+/// CRIU's log in the images folder; not an image.
+pub const LOG_FILE: &str = "criu.log";
+/// What CRIU says before it has a log.
+pub const STDERR_FILE: &str = "criu.stderr";
+/// CRIU's configuration file in the images folder.
+pub const CONFIG_FILE: &str = "criu.conf";
+
+/// Why CRIU could not be talked to.
+#[derive(Debug, thiserror::Error)]
+pub enum SwrkError {
+    /// It did not start.
+    #[error("CRIU could not be started: run `cargo xtask setup`, or name it in the agent's `criu`")]
+    Start(#[source] io::Error),
+    /// The connection broke.
+    #[error("the connection to CRIU broke")]
+    Connection(#[source] io::Error),
+    /// It sent something unknown.
+    #[error("CRIU sent a message that makes no sense: is it 4.2 or newer?")]
+    Message(#[source] prost::DecodeError),
+    /// It ended or failed; the text has the lines of its log that matter.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The hooks at which CRIU asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// Before anything is frozen.
+    PreDump,
+    /// Every task is frozen.
+    QueryExtFiles,
+    /// The images are complete.
+    PostDump,
+    /// Restored, out of repair mode, not running.
+    PreResume,
+    /// The tasks run.
+    PostResume,
+    /// One that means nothing to us; it is to be answered with yes.
+    Other,
+}
+
+impl Hook {
+    fn parse(name: &str) -> Self {
+        match name {
+            "pre-dump" => Self::PreDump,
+            "query-ext-files" => Self::QueryExtFiles,
+            "post-dump" => Self::PostDump,
+            "pre-resume" => Self::PreResume,
+            "post-resume" => Self::PostResume,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// What CRIU says.
+#[derive(Debug)]
+pub enum Said {
+    /// A question: answer with [`Swrk::answer`].
+    Hook(Hook),
+    /// It is over.
+    Ended(Ended),
+}
+
+/// How a dump or restore ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// As asked.
+    Well,
+    /// It failed, or a hook said no.
+    Failed {
+        /// The lines of its log that matter.
+        reason: String,
+        /// A connection in the accept queue was the reason.
+        in_flight: bool,
+    },
+}
+
+/// One CRIU process.
+#[derive(Debug)]
+pub struct Swrk {
+    socket: AsyncFd<OwnedFd>,
+    process: tokio::process::Child,
+    images: PathBuf,
+}
+
+impl Swrk {
+    /// Starts CRIU inside the holder's namespaces; its log, configuration and images are in `images`.
+    pub fn start(program: &Program, holder: HolderPid, images: &Path) -> Result<Self, SwrkError> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(|errno| SwrkError::Start(errno.into()))?;
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+            .map_err(|errno| SwrkError::Start(errno.into()))?;
+        let folder = File::open(images).map_err(SwrkError::Start)?;
+        let here = enter::IMAGES_FOLDER;
+        std::fs::write(images.join(CONFIG_FILE), format!("images-dir {here}\nwork-dir {here}\n"))
+            .map_err(SwrkError::Start)?;
+        let stderr = File::create(images.join(STDERR_FILE)).map_err(SwrkError::Start)?;
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command
+            .args(["enter", "--holder", &holder.to_string(), "criu", "--"])
+            .args(program.argv())
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::from(OwnedFd::from(folder)))
+            .stderr(Stdio::from(stderr));
+        let process = command.spawn().map_err(SwrkError::Start)?;
+        let socket = sys::register(ours).map_err(SwrkError::Start)?;
+        Ok(Self { socket, process, images: images.to_owned() })
+    }
+
+    /// Makes CRIU look at the kernel's features now rather than in the freeze window, and checks its version.
+    pub async fn warm(&mut self) -> Result<(), SwrkError> {
+        let features = Some(Features { mem_track: Some(false) });
+        self.send(&Request {
+            kind: Kind::FeatureCheck.into(),
+            features,
+            keep_open: Some(true),
+            ..Request::default()
+        })
+        .await?;
+        let answer = self.receive().await?;
+        if answer.kind() != Kind::FeatureCheck || !answer.success {
+            return Err(SwrkError::Failed(self.explain(&answer)));
+        }
+        Ok(())
+    }
+
+    /// Begins to dump the tree of `pid` (as the holder's pid namespace counts).
+    pub async fn dump(&mut self, pid: i32) -> Result<(), SwrkError> {
+        let options = Options { pid: Some(pid), ..options() };
+        self.send(&Request { kind: Kind::Dump.into(), options: Some(options), ..Request::default() }).await
+    }
+
+    /// Begins to restore what is in the images folder.
+    pub async fn restore(&mut self) -> Result<(), SwrkError> {
+        let request = Request { kind: Kind::Restore.into(), options: Some(options()), ..Request::default() };
+        self.send(&request).await
+    }
+
+    /// Waits for what CRIU says next. May be dropped and called again.
+    pub async fn next(&mut self) -> Said {
+        let answer = match self.receive().await {
+            Ok(answer) => answer,
+            Err(error) => {
+                return Said::Ended(Ended::Failed {
+                    reason: self.explain_error(&error),
+                    in_flight: self.is_in_flight(),
+                });
+            }
+        };
+        match answer {
+            Response { notify: Some(notify), .. } => {
+                Said::Hook(Hook::parse(notify.script.as_deref().unwrap_or_default()))
+            }
+            Response { success: true, .. } => Said::Ended(Ended::Well),
+            failed => {
+                Said::Ended(Ended::Failed { reason: self.explain(&failed), in_flight: self.is_in_flight() })
+            }
+        }
+    }
+
+    /// Answers CRIU's question.
+    pub async fn answer(&mut self, yes: bool) -> Result<(), SwrkError> {
+        let kind = Kind::Notify.into();
+        self.send(&Request { kind, notify_success: Some(yes), ..Request::default() }).await
+    }
+
+    /// Waits until the process is gone.
+    pub async fn end(mut self) {
+        drop(self.socket);
+        if tokio::time::timeout(END_LIMIT, self.process.wait()).await.is_err() {
+            tracing::warn!(pid = self.process.id(), "CRIU has answered but does not end; it is left alone");
+        }
+    }
+
+    async fn send(&self, request: &Request) -> Result<(), SwrkError> {
+        let bytes = request.encode_to_vec();
+        self.socket
+            .async_io(tokio::io::Interest::WRITABLE, |fd| {
+                // A CRIU that is gone is an error of this connection, not a signal for the agent.
+                send(fd.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).map_err(io::Error::from)
+            })
+            .await
+            .map(drop)
+            .map_err(SwrkError::Connection)
+    }
+
+    async fn receive(&self) -> Result<Response, SwrkError> {
+        let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+        let len = self
+            .socket
+            .async_io(tokio::io::Interest::READABLE, |fd| {
+                recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
+            })
+            .await
+            .map_err(SwrkError::Connection)?;
+        if len == 0 {
+            return Err(SwrkError::Connection(io::ErrorKind::UnexpectedEof.into()));
+        }
+        Response::decode(&buffer[..len]).map_err(SwrkError::Message)
+    }
+
+    fn explain(&self, answer: &Response) -> String {
+        log::explain(&self.images.join(LOG_FILE), &self.images.join(STDERR_FILE), answer.error.as_deref())
+    }
+
+    fn explain_error(&self, error: &SwrkError) -> String {
+        let known = log::explain(&self.images.join(LOG_FILE), &self.images.join(STDERR_FILE), None);
+        format!("{known} ({})", crate::client::chain(error))
+    }
+
+    fn is_in_flight(&self) -> bool {
+        std::fs::read(self.images.join(LOG_FILE))
+            .is_ok_and(|text| log::is_in_flight(&String::from_utf8_lossy(&text)))
+    }
+}
+
+fn options() -> Options {
+    Options {
+        images_dir_fd: -1,
+        tcp_established: Some(true),
+        file_locks: Some(true),
+        log_level: LOG_LEVEL,
+        log_file: Some(LOG_FILE.to_owned()),
+        notify_scripts: Some(true),
+        link_remap: Some(true),
+        manage_cgroups_mode: Some(CGROUPS_IGNORE),
+        ghost_limit: Some(GHOST_LIMIT_BYTES),
+        config_file: Some(format!("{}/{CONFIG_FILE}", enter::IMAGES_FOLDER)),
+        network_lock: Some(NETWORK_LOCK_SKIP),
+        ..Options::default()
+    }
+}

@@ -1,0 +1,35 @@
+//! Moving a running server from one site to another: Drover's companion to the load balancer.
+//!
+//! ```text
+//! coordinator (inside lb)        source agent                     target agent
+//!   prepare  ------------------------------------------------->   holder, CRIU waiting
+//!   prepare  ------------------>   CRIU waits in pre-dump
+//!   hold     (the load balancer's gate)
+//!   freeze   ------------------>   drain, dump; then frozen in
+//!                                  CRIU's post-dump hook  ----->   images, restore; stopped in
+//!   flip     <-------------------------------------------------   CRIU's pre-resume hook
+//!   confirm  ------------------------------------------------->   tasks run
+//!   release  ------------------>   killed, still silent
+//! ```
+//!
+//! * [`protocol`]: what goes over the wire between coordinator and agents, and the framing of images.
+//! * [`roles`]: the pure state machines of the source and the target (event -> commands).
+//! * [`coordinator`]: the pure state machine of the whole migration, and what drives it from inside `lb`.
+//! * [`client`]: one HTTP/2 connection to an agent, opened before it is needed.
+//! * [`criu`]: CRIU's RPC, its process, and reading its log.
+//! * [`workload`]: running a server in namespaces of its own, and finding it again.
+//! * [`net`]: silencing an address, watching queues drain, taking connections off the wire.
+//! * [`agent`]: the site agent: configuration, HTTP server, and the drivers of the roles.
+//!
+//! What is not here: packets, gates and hold queues (that is `lb`), and any decision in the agents about
+//! whether a migration goes on: the coordinator alone decides, the agents only fall back to the safe side
+//! when it is silent.
+
+pub mod agent;
+pub mod client;
+pub mod coordinator;
+pub mod criu;
+pub mod net;
+pub mod protocol;
+pub mod roles;
+pub mod workload;

@@ -1,0 +1,153 @@
+//! `migrate`: the site agent's program, and the two small helpers that it starts itself as.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use migrate::agent::config::Config;
+use migrate::agent::server;
+use migrate::agent::site::Site;
+use migrate::workload::enter::{self, What};
+use migrate::workload::holder::HolderPid;
+use migrate::workload::init;
+
+/// Moves running servers between sites, with their connections.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a site's agent: it starts the site's workloads, and moves them when the load balancer asks.
+    ///
+    /// The agent and its workloads live in the network namespace that it is started in. Workloads outlive the
+    /// agent; one that is started again adopts them. It needs root, CRIU (4.2 or newer) and nft.
+    ///
+    ///     site = "ams"                       # the site's name in the load balancer
+    ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
+    ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
+    ///     criu = ["criu"]                    # optional
+    ///     [[workloads]]
+    ///     name = "chat-1"                    # the backend's name in the load balancer
+    ///     address = "10.1.0.1:6379"          # what its sockets are bound to, the same at every site
+    ///     protocol = "tcp"
+    ///     command = ["redis-server", "--port", "6379", "--bind", "10.1.0.1"]
+    ///     dir = "/srv/chat"                  # optional working directory
+    ///     log = "/srv/chat/log"              # optional; the same file at every site
+    ///     start = true                       # start it here
+    #[command(verbatim_doc_comment)]
+    Agent {
+        /// The agent's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Make a pid namespace for a workload. The agent does this.
+    #[command(hide = true)]
+    Holder {
+        #[arg(long)]
+        first_pid: Option<u32>,
+    },
+    /// Be pid 1 of a workload's namespaces.
+    #[command(hide = true)]
+    Init {
+        #[arg(long)]
+        first_pid: Option<u32>,
+    },
+    /// Start something inside a workload's namespaces.
+    #[command(hide = true)]
+    Enter {
+        #[arg(long)]
+        holder: HolderPid,
+        #[command(subcommand)]
+        what: EnterWhat,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum EnterWhat {
+    Criu {
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
+    Workload {
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        log: Option<PathBuf>,
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Agent { config } => agent(&config).map(|()| 0),
+        Command::Holder { first_pid } => init::hold(first_pid).map(|()| 0),
+        Command::Init { first_pid } => init::run(first_pid).map(|()| 0),
+        Command::Enter { holder, what } => match what {
+            EnterWhat::Criu { argv } => enter::run(holder, &What::Criu, &argv),
+            EnterWhat::Workload { dir, log, argv } => enter::run(holder, &What::Workload { dir, log }, &argv),
+        },
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("migrate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn agent(config: &std::path::Path) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = Config::read(config)?;
+    anyhow::ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the agent makes namespaces, firewall rules and checkpoints: start it as root"
+    );
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start tokio")?;
+    runtime.block_on(run(config))
+}
+
+async fn run(config: Config) -> Result<()> {
+    let (site, listen) = (config.site.clone(), config.listen);
+    // Before anything is started: two agents of one site would fight over its workloads.
+    let listener = bind(listen).await?;
+    let opened = Site::open(config).await.context("open the site")?;
+    tracing::info!("agent ready site={site} listen={listen}");
+    tokio::select! {
+        broke = server::serve(opened, listener) => match broke {
+            Ok(never) => match never {},
+            Err(error) => Err(error).context("accept connections"),
+        },
+        stopped = stop_signal() => {
+            stopped?;
+            // What runs goes on; a migration that is under way falls back to its safe side.
+            tracing::info!("agent stopped; its workloads go on");
+            Ok(())
+        }
+    }
+}
+
+async fn bind(listen: SocketAddr) -> Result<tokio::net::TcpListener> {
+    let bound = tokio::net::TcpListener::bind(listen).await;
+    bound.with_context(|| format!("listen on {listen}: is the address here, and no other agent running?"))
+}
+
+async fn stop_signal() -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Silence for a backend's address around the freeze, in both directions.
+//!
+//! A packet that still reaches a frozen source would be acknowledged by its kernel and lost with it, and one
+//! that reaches a killed source would be answered with a reset. So two nftables rules, ahead of everything
+//! else, drop what comes for the address and what leaves from it. (CRIU's own lock does the same per
+//! connection, which costs more than the dump of the sockets.)
+//!
+//! One table per backend. The address is an element of a set with a timeout, so that the rules end by
+//! themselves if the agent dies: its CRIU then lets the source run, and it must be heard again.
+//!
+//! Starting `nft` takes milliseconds. An [`Armed`] `nft` was started before the freeze and waits for its
+//! rules on stdin.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, Command};
+
+use crate::protocol::Protocol;
+
+/// Prefix of our tables.
+const PREFIX: &str = "drover_";
+/// Prefix of the tables that CRIU leaves behind where it locks by itself.
+const CRIU_PREFIX: &str = "CRIU-";
+/// `nft` answers in milliseconds.
+const NFT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why the rules are not as wanted.
+#[derive(Debug, thiserror::Error)]
+pub enum SilenceError {
+    /// No `nft`.
+    #[error("`nft` could not be started: install nftables")]
+    Start(#[source] io::Error),
+    /// It failed.
+    #[error("`nft` refused the rules: {0}")]
+    Refused(String),
+    /// It hangs.
+    #[error("`nft` did not answer within {NFT_LIMIT:?}")]
+    Silent,
+}
+
+/// What is silenced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything from and to the IP address: the backend has it for itself.
+    Address,
+    /// Only the backend's port and protocol: others share its IP address.
+    AddressAndPort,
+}
+
+/// The silence of one backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Silence {
+    table: String,
+    address: SocketAddr,
+    protocol: Protocol,
+    scope: Scope,
+}
+
+impl Silence {
+    /// For the backend `name`.
+    pub fn new(name: &str, address: SocketAddr, protocol: Protocol, scope: Scope) -> Self {
+        // nft's identifiers are narrower than our names; the hex keeps different names different.
+        let mut table = PREFIX.to_owned();
+        for byte in name.bytes() {
+            if byte.is_ascii_alphanumeric() {
+                table.push(char::from(byte));
+            } else {
+                // Writing to a string cannot fail.
+                let _ = write!(table, "_{byte:02x}");
+            }
+        }
+        Self { table, address, protocol, scope }
+    }
+
+    /// Starts an `nft` that waits to put the rules in place, for at most `timeout`.
+    pub fn arm(&self, timeout: Duration) -> Result<Armed, SilenceError> {
+        Armed::start(self.rules(timeout))
+    }
+
+    /// Starts an `nft` that waits to remove them.
+    pub fn arm_lift(&self) -> Result<Armed, SilenceError> {
+        Armed::start(self.lift_rules())
+    }
+
+    /// Removes them now; it is no error if there are none.
+    pub async fn lift(&self) -> Result<(), SilenceError> {
+        self.arm_lift()?.fire().await
+    }
+
+    fn rules(&self, timeout: Duration) -> String {
+        let table = &self.table;
+        let ip = self.address.ip();
+        let (family, kind) = match ip {
+            IpAddr::V4(_) => ("ip", "ipv4_addr"),
+            IpAddr::V6(_) => ("ip6", "ipv6_addr"),
+        };
+        let (kind, to, from, element) = match self.scope {
+            Scope::Address => {
+                (kind.to_owned(), format!("{family} daddr"), format!("{family} saddr"), ip.to_string())
+            }
+            Scope::AddressAndPort => (
+                format!("{kind} . inet_proto . inet_service"),
+                format!("{family} daddr . meta l4proto . th dport"),
+                format!("{family} saddr . meta l4proto . th sport"),
+                format!("{ip} . {} . {}", self.protocol.as_str(), self.address.port()),
+            ),
+        };
+        // Rounded up: a silence that ends too early is worse than one that ends late.
+        let seconds = timeout.as_secs() + 1;
+        // Ahead of connection tracking (-200) and of everything that other software puts at -300.
+        format!(
+            "add table inet {table}\n\
+             delete table inet {table}\n\
+             table inet {table} {{\n\
+             set silent {{ type {kind}; flags timeout; elements = {{ {element} timeout {seconds}s }}; }}\n\
+             chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n\
+             chain out {{ type filter hook output priority -400; {from} @silent drop; }}\n\
+             }}\n"
+        )
+    }
+
+    fn lift_rules(&self) -> String {
+        let table = &self.table;
+        // Adding first makes the deletion succeed whether or not the table is there.
+        format!("add table inet {table}\ndelete table inet {table}\n")
+    }
+
+    /// Removes what a former agent or CRIU's own lock left for this backend.
+    pub async fn sweep(&self) -> Result<(), SilenceError> {
+        let mut rules = self.lift_rules();
+        for (family, table) in tables(&nft(&["list", "tables"]).await?) {
+            if !table.starts_with(CRIU_PREFIX) {
+                continue;
+            }
+            // Others may use CRIU here too: only what locks this very address is ours to remove.
+            let listing = nft(&["list", "table", &family, &table]).await.unwrap_or_default();
+            if mentions(&listing, self.address.ip()) {
+                // Writing to a string cannot fail.
+                let _ = writeln!(rules, "delete table {family} {table}");
+            }
+        }
+        Armed::start(rules)?.fire().await
+    }
+}
+
+/// An `nft` that waits for its rules. Dropped, it ends without having done anything.
+#[derive(Debug)]
+pub struct Armed {
+    nft: Child,
+    rules: String,
+}
+
+impl Armed {
+    fn start(rules: String) -> Result<Self, SilenceError> {
+        let nft = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(SilenceError::Start)?;
+        Ok(Self { nft, rules })
+    }
+
+    /// Lets it do its work; on success the rules are as wanted.
+    pub async fn fire(mut self) -> Result<(), SilenceError> {
+        let mut stdin =
+            self.nft.stdin.take().ok_or_else(|| SilenceError::Start(io::ErrorKind::BrokenPipe.into()))?;
+        let work = async {
+            // If it has ended already, its exit code and its words say more than a broken pipe.
+            let _ = stdin.write_all(self.rules.as_bytes()).await;
+            drop(stdin);
+            self.nft.wait_with_output().await
+        };
+        let output = tokio::time::timeout(NFT_LIMIT, work)
+            .await
+            .map_err(|_| SilenceError::Silent)?
+            .map_err(SilenceError::Start)?;
+        finished(&output).map(drop)
+    }
+}
+
+async fn nft(args: &[&str]) -> Result<String, SilenceError> {
+    let output = Command::new("nft").args(args).kill_on_drop(true).stdin(Stdio::null()).output();
+    let output = tokio::time::timeout(NFT_LIMIT, output)
+        .await
+        .map_err(|_| SilenceError::Silent)?
+        .map_err(SilenceError::Start)?;
+    finished(&output)
+}
+
+fn finished(output: &std::process::Output) -> Result<String, SilenceError> {
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    let first = complaint.lines().next().unwrap_or("it did not say why");
+    Err(SilenceError::Refused(first.to_owned()))
+}
+
+/// The tables of `nft list tables`, as family and name.
+fn tables(listing: &str) -> Vec<(String, String)> {
+    listing
+        .lines()
+        .filter_map(|line| {
+            let (family, name) = line.strip_prefix("table ")?.split_once(' ')?;
+            Some((family.to_owned(), name.trim().to_owned()))
+        })
+        .collect()
+}
+
+/// True if a listing names this very address (and not one that only begins likewise).
+fn mentions(listing: &str, ip: IpAddr) -> bool {
+    listing
+        .split(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == ':'))
+        .any(|word| word.trim_matches('.').parse() == Ok(ip))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_say_what_is_dropped() {
+        let v4 = Silence::new("chat-1", "10.1.0.1:6379".parse().unwrap(), Protocol::Tcp, Scope::Address);
+        let rules = v4.rules(Duration::from_millis(5500));
+        assert!(rules.contains("table inet drover_chat_2d1 {"), "{rules}");
+        assert!(rules.contains("elements = { 10.1.0.1 timeout 6s }"), "{rules}");
+        assert!(rules.contains("prerouting priority -400; ip daddr @silent drop;"), "{rules}");
+        assert!(rules.contains("output priority -400; ip saddr @silent drop;"), "{rules}");
+
+        let address = "[fd00:1::1]:27960".parse().unwrap();
+        let v6 = Silence::new("arena", address, Protocol::Udp, Scope::AddressAndPort);
+        let rules = v6.rules(Duration::ZERO);
+        assert!(rules.contains("type ipv6_addr . inet_proto . inet_service"), "{rules}");
+        assert!(rules.contains("{ fd00:1::1 . udp . 27960 timeout 1s }"), "{rules}");
+        assert!(rules.contains("ip6 daddr . meta l4proto . th dport @silent drop"), "{rules}");
+    }
+
+    #[test]
+    fn different_names_have_different_tables() {
+        let table =
+            |name| Silence::new(name, "1.1.1.1:1".parse().unwrap(), Protocol::Tcp, Scope::Address).table;
+        let names = ["a-b", "a_b", "a.b", "ab", "a_2db"];
+        let tables: std::collections::BTreeSet<_> = names.map(table).into();
+        assert_eq!(tables.len(), names.len());
+    }
+
+    #[test]
+    fn listings_are_read() {
+        let listing = "table ip filter\ntable inet CRIU-77\n";
+        assert_eq!(tables(listing), [("ip".into(), "filter".into()), ("inet".into(), "CRIU-77".into())]);
+        let body = "elements = { 10.1.0.1 . 6379 . 10.0.0.1 . 999,\n fd00:1::1 . 1 }";
+        assert!(mentions(body, "10.1.0.1".parse().unwrap()));
+        assert!(mentions(body, "fd00:1::1".parse().unwrap()));
+        assert!(!mentions(body, "10.1.0.11".parse().unwrap()));
+        assert!(!mentions(body, "10.1.0.2".parse().unwrap()));
+    }
+}

@@ -1,0 +1,97 @@
+//! Starting something inside a holder's namespaces: the hidden subcommand `enter`.
+//!
+//! The agent is multi-threaded and stays outside; this small process joins the namespaces, starts the
+//! program there and, for CRIU, waits for it. A process that joined a pid namespace keeps it from going away,
+//! so for a workload it ends at once.
+#![expect(unsafe_code, reason = "pre_exec is the only way to run setsid between fork and exec")]
+
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sched::{CloneFlags, setns};
+
+use super::holder::HolderPid;
+use super::sys;
+
+/// Where CRIU finds its socket: far from the descriptors it opens first.
+const SOCKET_FD: RawFd = 100;
+/// Where CRIU finds the images folder.
+const IMAGES_FD: RawFd = 101;
+/// The images folder as CRIU sees it.
+pub const IMAGES_FOLDER: &str = "/proc/self/fd/101";
+
+/// What is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// CRIU; stdin is its socket and stdout the images folder.
+    Criu,
+    /// A workload.
+    Workload {
+        /// Its working directory.
+        dir: PathBuf,
+        /// Where its output goes; nowhere if `None`.
+        log: Option<PathBuf>,
+    },
+}
+
+/// Joins the holder's namespaces and starts the program. Gives the exit code for this process.
+pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
+    let (program, args) = argv.split_first().context("no program")?;
+    join(holder)?;
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null());
+    match what {
+        What::Criu => {
+            let socket = fcntl(std::io::stdin(), FcntlArg::F_DUPFD(SOCKET_FD)).context("CRIU's socket")?;
+            let images = fcntl(std::io::stdout(), FcntlArg::F_DUPFD(IMAGES_FD)).context("images folder")?;
+            ensure!((socket, images) == (SOCKET_FD, IMAGES_FD), "descriptor {SOCKET_FD} is taken");
+            command.args(["swrk", &SOCKET_FD.to_string()]).stdout(Stdio::null());
+            let mut child = command.spawn().with_context(|| format!("start {program}"))?;
+            // Our own copies would keep the agent from seeing CRIU's end.
+            let null = File::open("/dev/null")?;
+            nix::unistd::dup2_stdin(&null)?;
+            nix::unistd::close(socket)?;
+            let status = child.wait()?;
+            Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+        }
+        What::Workload { dir, log } => {
+            let output = || -> Result<Stdio> { Ok(log.as_deref().map_or(Ok(Stdio::null()), open_log)?) };
+            command.current_dir(dir).stdout(output()?).stderr(output()?);
+            let isolate = || {
+                // CRIU dumps whole sessions, and what comes from outside cannot be restored elsewhere.
+                nix::unistd::setsid()?;
+                sys::close_on_exec_from(3)
+            };
+            // SAFETY: `setsid` and `close_range` are plain system calls, safe between fork and exec.
+            unsafe { command.pre_exec(isolate) };
+            let child = command.spawn().with_context(|| format!("start {program}"))?;
+            println!("{}", child.id());
+            Ok(0)
+        }
+    }
+}
+
+fn open_log(path: &Path) -> Result<Stdio> {
+    let file = File::options().append(true).create(true).open(path);
+    Ok(file.with_context(|| format!("open the workload's log {}", path.display()))?.into())
+}
+
+fn join(holder: HolderPid) -> Result<()> {
+    let open = |kind: &str| {
+        let path = format!("/proc/{}/ns/{kind}", holder.pid);
+        File::open(&path).with_context(|| format!("open {path}"))
+    };
+    // All are opened before any is joined: another mount namespace has another /proc.
+    let (pids, mounts) = (open("pid")?, open("mnt")?);
+    if !holder.is_alive() {
+        bail!("holder {holder} is gone");
+    }
+    setns(&mounts, CloneFlags::CLONE_NEWNS).context("join the mount namespace")?;
+    setns(&pids, CloneFlags::CLONE_NEWPID).context("join the pid namespace")?;
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! Pid 1 of a workload's namespaces: the hidden subcommands `holder` (makes the namespaces) and `init` (is
+//! pid 1). It reaps, and it ends, with everything inside, when its agent goes away without having told it
+//! to stay.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+
+use super::holder::KEEP;
+use super::sys;
+
+const RUN: &str = "/run";
+
+/// The subcommand `holder`: makes the namespaces, starts pid 1 in them and says its pid.
+pub fn hold(first_pid: Option<u32>) -> Result<()> {
+    // Whatever this agent was started with stays outside.
+    sys::close_on_exec_from(3).context("close_range")?;
+    unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS).context("unshare")?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("init");
+    if let Some(first_pid) = first_pid {
+        command.args(["--first-pid", &first_pid.to_string()]);
+    }
+    // Its pid is said before it can say that it is ready: it waits for the lock on stdout's order by being
+    // started with a pipe of our own.
+    let mut child = command.stdout(Stdio::piped()).spawn().context("start pid 1")?;
+    println!("{}", child.id());
+    let mut said = String::new();
+    if let Some(stdout) = child.stdout.as_mut() {
+        stdout.read_to_string(&mut said).context("hear of pid 1")?;
+    }
+    print!("{said}");
+    anyhow::ensure!(said == "ready\n", "pid 1 did not get ready");
+    // Pid 1 goes on without us.
+    Ok(())
+}
+
+/// The subcommand `init`: sets the namespaces up and is their pid 1.
+pub fn run(first_pid: Option<u32>) -> Result<()> {
+    anyhow::ensure!(std::process::id() == 1, "`init` is pid 1 of a workload's namespaces, or nothing");
+    nix::unistd::setsid().context("setsid")?;
+    // Nothing that is mounted here may be seen outside.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .context("make the mounts private")?;
+    let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("proc"), "/proc", Some("proc"), quiet, None::<&str>).context("mount /proc")?;
+    if statfs(RUN).context("statfs /run")?.filesystem_type() != TMPFS_MAGIC {
+        run_on_tmpfs().context("mount a tmpfs on /run")?;
+    }
+    if let Some(first_pid) = first_pid {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", first_pid.to_string()).context("ns_last_pid")?;
+    }
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    signals.thread_block().context("block SIGCHLD")?;
+    let children =
+        SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
+    std::env::set_current_dir("/").context("chdir")?;
+
+    println!("ready");
+    std::io::stdout().flush().context("say ready")?;
+    // Whoever listens on these would wait for our end.
+    let null = File::options().read(true).write(true).open("/dev/null").context("/dev/null")?;
+    nix::unistd::dup2_stdout(&null).context("close stdout")?;
+    nix::unistd::dup2_stderr(&null).context("close stderr")?;
+
+    let mut agent = std::io::stdin();
+    let mut kept = false;
+    loop {
+        let mut wait = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
+        if !kept {
+            wait.push(PollFd::new(agent.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut wait, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let heard = wait.get(1).is_some_and(|fd| fd.any() == Some(true));
+        while let Ok(Some(_)) = children.read_signal() {}
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            if status == WaitStatus::StillAlive {
+                break;
+            }
+        }
+        if heard {
+            let mut word = [0];
+            match agent.read(&mut word) {
+                Ok(1) if word[0] == KEEP => {
+                    nix::unistd::dup2_stdin(&null).context("close stdin")?;
+                    kept = true;
+                }
+                // The agent is gone without having said `go`: so is everything in here.
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Puts a tmpfs on `/run` with everything that was there still in its place. CRIU keeps its cache of the
+/// kernel's features only on a tmpfs; without it each dump and restore would take a tenth of a second more.
+fn run_on_tmpfs() -> Result<()> {
+    let before = File::open(RUN)?;
+    mount(Some("tmpfs"), RUN, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
+    let before = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&before));
+    for entry in std::fs::read_dir(&before)? {
+        let entry = entry?;
+        let place = Path::new(RUN).join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_symlink() {
+            std::os::unix::fs::symlink(std::fs::read_link(entry.path())?, place)?;
+            continue;
+        }
+        if kind.is_dir() {
+            std::fs::create_dir(&place)?;
+        } else {
+            File::create(&place)?;
+        }
+        let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(Some(&entry.path()), &place, None::<&str>, bind, None::<&str>)
+            .with_context(|| format!("keep {}", place.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,21 @@
+//! Running a server so that it can be moved: each workload has a pid and a mount namespace of its own.
+//!
+//! Dumped pids have to be free at the target, and nothing outside may be held by the process; so a workload
+//! lives below a *holder*, a tiny pid 1 ([`init`]) that reaps and does nothing else. A holder outlives the
+//! agent that made it once it was told to; one that was never told dies with its agent.
+//!
+//! * [`holder`]: making a holder, and killing it.
+//! * [`init`]: pid 1 itself (the hidden subcommand `init`).
+//! * [`enter`]: starting something inside a holder (the hidden subcommand `enter`).
+//! * [`processes`]: what `/proc` says.
+//! * [`record`]: how a restarted agent finds its workloads again.
+//! * [`sys`]: the system calls that have no safe wrapper.
+//!
+//! What is not here: CRIU, and when a workload is started or moved.
+
+pub mod enter;
+pub mod holder;
+pub mod init;
+pub mod processes;
+pub mod record;
+pub mod sys;

@@ -1,0 +1,153 @@
+//! What `/proc` says of processes: identity, state, children.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use super::sys;
+
+/// The parts of `/proc/PID/status` and `stat` that are used here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// As this host counts.
+    pub pid: i32,
+    /// As its own, innermost pid namespace counts.
+    pub inner_pid: i32,
+    /// `R`, `S`, `Z`, ...
+    pub state: char,
+    /// Who traces it; 0 for nobody.
+    pub tracer: i32,
+    /// Resident memory.
+    pub rss_bytes: u64,
+}
+
+impl Process {
+    /// Reads `/proc`; `None` if there is no such process.
+    pub fn read(pid: i32) -> Option<Self> {
+        parse_status(pid, &std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+    }
+
+    /// True unless it only waits to be reaped.
+    pub fn is_alive(&self) -> bool {
+        !matches!(self.state, 'Z' | 'X')
+    }
+}
+
+/// When a process was started, in clock ticks since boot; with the pid it is an identity.
+pub fn start_ticks(pid: i32) -> Option<u64> {
+    parse_start_ticks(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The children of a process, as this host counts.
+pub fn children(pid: i32) -> Vec<i32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok())
+        .flat_map(|line| line.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+/// All descendants of a process, parents before children.
+pub fn descendants(pid: i32) -> Vec<i32> {
+    let mut all = children(pid);
+    let mut next = 0;
+    while let Some(pid) = all.get(next) {
+        let more = children(*pid);
+        all.extend(more);
+        next += 1;
+    }
+    all
+}
+
+/// Waits until a process has ended; false if it has not within `limit`.
+pub async fn wait_end(pid: i32, limit: Duration) -> bool {
+    match sys::pidfd_open(pid) {
+        Ok(pidfd) => tokio::time::timeout(limit, wait_pidfd(pidfd)).await.is_ok(),
+        Err(_) => true,
+    }
+}
+
+/// Waits until the process behind a pidfd has ended.
+pub async fn wait_pidfd(pidfd: OwnedFd) {
+    if let Ok(pidfd) = sys::register(pidfd) {
+        // An error here would mean that the runtime is going down.
+        let _ = pidfd.readable().await;
+    }
+}
+
+/// Every socket that a process holds, as a duplicate of ours. A process that ends meanwhile has none.
+pub fn sockets(pid: i32) -> Vec<OwnedFd> {
+    let Ok(pidfd) = sys::pidfd_open(pid) else { return Vec::new() };
+    let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    fds.filter_map(|entry| {
+        let entry = entry.ok()?;
+        let link = std::fs::read_link(entry.path()).ok()?;
+        if !link.to_str()?.starts_with("socket:") {
+            return None;
+        }
+        sys::pidfd_getfd(pidfd.as_fd(), entry.file_name().to_str()?.parse().ok()?).ok()
+    })
+    .collect()
+}
+
+fn parse_status(pid: i32, status: &str) -> Option<Process> {
+    let field =
+        |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()));
+    let inner = field("NSpid").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
+    let rss_kib = field("VmRSS").and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
+    Some(Process {
+        pid,
+        inner_pid: inner.unwrap_or(pid),
+        state: field("State")?.chars().next()?,
+        tracer: field("TracerPid")?.parse().ok()?,
+        rss_bytes: rss_kib.unwrap_or(0) * 1024,
+    })
+}
+
+fn parse_start_ticks(stat: &str) -> Option<u64> {
+    // The name may hold spaces and brackets; the fields after its last bracket are plain. Start time is
+    // field 22 of proc(5), the 20th after the name.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_read() {
+        let status = "Name:\tredis server\nState:\tt (tracing stop)\nPid:\t77\nTracerPid:\t12\nNSpid:\t77\t5001\nVmRSS:\t    2048 kB\n";
+        let process = parse_status(77, status).unwrap();
+        assert_eq!((process.pid, process.inner_pid, process.state, process.tracer), (77, 5001, 't', 12));
+        assert_eq!(process.rss_bytes, 2 << 20);
+        assert!(process.is_alive());
+        assert!(!parse_status(1, "State:\tZ (zombie)\nTracerPid:\t0\n").unwrap().is_alive());
+    }
+
+    #[test]
+    fn a_name_with_brackets_does_not_shift_the_start_time() {
+        let stat = "77 (a) b) (c)) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20";
+        assert_eq!(parse_start_ticks(stat), Some(4242));
+    }
+
+    #[test]
+    fn this_process_is_found_by_its_parents_eyes() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        assert!(Process::read(me).unwrap().is_alive());
+        assert!(start_ticks(me).unwrap() > 0);
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(descendants(me).contains(&pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(Process::read(pid), None);
+    }
+
+    #[test]
+    fn sockets_of_another_process_can_be_had() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let before = sockets(me).len();
+        let _socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(sockets(me).len() > before);
+    }
+}

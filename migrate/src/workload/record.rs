@@ -1,0 +1,88 @@
+//! What an agent leaves behind so that the next one finds its workloads: one small file per workload in the
+//! state folder. A record is there exactly as long as the workload is to outlive the agent.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::holder::HolderPid;
+use super::processes::{self, Process};
+
+/// The records of one agent.
+#[derive(Clone, Debug)]
+pub struct Records {
+    folder: PathBuf,
+}
+
+impl Records {
+    /// In `folder`, which is made if need be.
+    pub fn open(folder: PathBuf) -> io::Result<Self> {
+        std::fs::create_dir_all(&folder)?;
+        Ok(Self { folder })
+    }
+
+    /// The holder of a workload, if its record is there and the holder is alive; a stale record is removed.
+    pub fn find(&self, workload: &str) -> Option<HolderPid> {
+        let path = self.path(workload);
+        let holder = serde_json::from_slice::<HolderPid>(&std::fs::read(&path).ok()?);
+        match holder {
+            Ok(holder) if holder.is_alive() => Some(holder),
+            _ => {
+                self.remove(workload);
+                None
+            }
+        }
+    }
+
+    /// Writes a record, at once or not at all.
+    pub fn write(&self, workload: &str, holder: HolderPid) -> io::Result<()> {
+        let path = self.path(workload);
+        let new = path.with_extension("new");
+        std::fs::write(&new, serde_json::to_vec(&holder)?)?;
+        std::fs::rename(new, path)
+    }
+
+    /// Removes a record; one that is not there is removed already.
+    pub fn remove(&self, workload: &str) {
+        if let Err(error) = std::fs::remove_file(self.path(workload))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(workload, %error, "a workload's record could not be removed");
+        }
+    }
+
+    fn path(&self, workload: &str) -> PathBuf {
+        Path::new(&self.folder).join(format!("{workload}.json"))
+    }
+}
+
+/// The root of a holder's workload: of the children of its pid 1 the first that is no helper of ours. (The
+/// others are orphans that the workload left.)
+pub fn root_of(holder: HolderPid) -> Option<Process> {
+    processes::children(holder.pid)
+        .into_iter()
+        .filter_map(Process::read)
+        .filter(|process| process.is_alive() && process.inner_pid >= FIRST_DUMPED_PID)
+        .min_by_key(|process| process.inner_pid)
+}
+
+/// CRIU and its helpers have the low pids of a fresh namespace.
+const FIRST_DUMPED_PID: i32 = super::holder::FIRST_WORKLOAD_PID as i32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_a_holder_that_is_gone_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let records = Records::open(folder.path().join("workloads")).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let alive = HolderPid { pid, start_ticks: processes::start_ticks(pid).unwrap() };
+        records.write("chat-1", alive).unwrap();
+        assert_eq!(records.find("chat-1"), Some(alive));
+        records.write("chat-1", HolderPid { start_ticks: 1, ..alive }).unwrap();
+        assert_eq!(records.find("chat-1"), None);
+        assert!(!folder.path().join("workloads/chat-1.json").exists());
+        records.remove("chat-1");
+    }
+}
