@@ -16,7 +16,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Drover's one door", disable_help_subcommand = true)]
+#[command(
+    name = "xtask",
+    bin_name = "cargo xtask",
+    about = "Drover's one door",
+    disable_help_subcommand = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,

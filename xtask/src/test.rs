@@ -81,8 +81,8 @@ fn tests(quick: bool) -> Result<()> {
         }
     } else {
         // Without nextest's groups: few threads, since a lab runs a whole system and measures times.
-        cargo.args(["test", "--quiet", "--no-fail-fast", "--workspace"]);
-        cargo.args(if quick { ["--lib", "--bins"] } else { ["--lib", "--tests"] });
+        cargo.args(["test", "--no-fail-fast", "--workspace"]);
+        cargo.args(if quick { ["--lib", "--bins"].as_slice() } else { &["--tests"] });
         cargo.args(["--", "--test-threads", "2"]);
     }
     shell::run(&mut cargo)

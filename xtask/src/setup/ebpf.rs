@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{State, announce, debian, missing, tools};
+use super::{State, announce, debian, tools};
 use crate::{cache, shell};
 
 /// Debian's compiler for browsers: new, and with libraries for eBPF; and the LLVM of the same version for bpf-linker.
@@ -23,7 +23,7 @@ const LLVM: (&str, &str) = ("LLVM_PREFIX", "/usr/lib/llvm-22");
 const LLVM_FEATURE: &str = "llvm-22";
 const LINKER_VERSION: &str = "0.13.0";
 
-const ELSEWHERE: &str = "without Debian's packages: `rustup toolchain install nightly --component rust-src`, \
+const ELSEWHERE: &str = "Without Debian's packages: `rustup toolchain install nightly --component rust-src`, \
                          then `cargo install bpf-linker`";
 
 /// A way to build for the kernel.
@@ -102,7 +102,7 @@ const TRY_SOURCE: &str = "#![no_std]\n#![no_main]\n\n\
 pub(super) fn provide() -> State {
     match find_or_install() {
         Ok(state) => state,
-        Err(error) => missing(&error),
+        Err(error) => State::Missing(format!("{error:#}\n{ELSEWHERE}")),
     }
 }
 
@@ -121,7 +121,7 @@ fn find_or_install() -> Result<State> {
             Err(error) => announce(&format!("it does not work, looking further: {error:#}")),
         }
     }
-    install_debian(&file).context(ELSEWHERE)
+    install_debian(&file)
 }
 
 /// The toolchain written down earlier, if all of it is still there.

@@ -29,7 +29,7 @@ pub enum Scope {
 pub enum Show {
     /// All.
     Everything,
-    /// All but what was found.
+    /// What was installed or is missing.
     Changes,
 }
 
@@ -39,6 +39,8 @@ pub enum State {
     Found(String),
     /// It is there now.
     Installed(String),
+    /// It is not there and need not be; the text says what would be better with it.
+    Optional(String),
     /// It is not there; the text says what to do.
     Missing(String),
 }
@@ -49,9 +51,10 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
     let mut missing = 0;
     let mut report = |name: &str, state: State| {
         let (word, text) = match state {
-            State::Found(_) if show == Show::Changes => return,
+            State::Found(_) | State::Optional(_) if show == Show::Changes => return,
             State::Found(text) => ("found", text),
             State::Installed(text) => ("installed", text),
+            State::Optional(text) => ("optional", text),
             State::Missing(text) => {
                 missing += 1;
                 ("missing", text)

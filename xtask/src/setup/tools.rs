@@ -1,30 +1,40 @@
-//! Programs built from crates: the test runner and the dependency checker.
+//! Programs built from crates: the dependency checker, and, where it is there, the test runner.
 
 use anyhow::Result;
 
 use super::{State, announce, missing};
 use crate::{cache, shell};
 
-/// Reports each tool, built where it is missing.
+/// Reports each tool. cargo-deny is built where it is missing, in about two minutes; cargo-nextest, which would take six,
+/// is only used where it is there, since `cargo test` does the same more slowly.
 pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
-    for (name, version, purpose) in [
-        ("cargo-nextest", "0.9.143", "runs the tests"),
-        ("cargo-deny", "0.20.2", "checks licences, sources and advisories of dependencies"),
-    ] {
-        let state = match shell::which(name) {
-            Some(path) => State::Found(format!("{purpose} ({})", path.display())),
-            None => match install(name, version, &[], &[]) {
-                Ok(()) => State::Installed(purpose.to_owned()),
+    let path = |name| shell::which(name).map(|path| path.display().to_string());
+    report(
+        "cargo-nextest",
+        match path("cargo-nextest") {
+            Some(path) => State::Found(path),
+            None => {
+                State::Optional("`cargo test` runs the tests; with nextest they take less time".to_owned())
+            }
+        },
+    );
+    report(
+        "cargo-deny",
+        match path("cargo-deny") {
+            Some(path) => State::Found(path),
+            None => match install("cargo-deny", "0.20.2", &[], &[]) {
+                Ok(()) => {
+                    State::Installed("checks licences, sources and advisories of dependencies".to_owned())
+                }
                 Err(error) => missing(&error),
             },
-        };
-        report(name, state);
-    }
+        },
+    );
 }
 
 /// Builds a crate's programs into the cache's tools.
 pub(super) fn install(name: &str, version: &str, flags: &[&str], environment: &[(&str, &str)]) -> Result<()> {
-    announce(&format!("building {name} {version} (some minutes)"));
+    announce(&format!("building {name} {version} (one to three minutes)"));
     let mut cargo = shell::cargo();
     cargo
         .args(["install", name, "--version", version, "--locked", "--root"])
