@@ -37,7 +37,6 @@ pub enum ControlError {
         /// The backend.
         backend: String,
         /// The reason.
-        #[source]
         refusal: Refusal,
     },
     /// The datapath cannot.
@@ -191,9 +190,8 @@ impl Control {
     /// Opens the gate at a staged site, replaying what was held. Returns the new generation.
     pub fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, ControlError> {
         let to = self.site(to_site)?;
-        let new = self.event(self.entry(backend)?, Event::Flip { generation, to })?;
-        tracing::info!(backend, generation = new, to = to_site, "flip");
-        Ok(new)
+        // Not a word to the log here: a caller measures from the target's report to this store.
+        self.event(self.entry(backend)?, Event::Flip { generation, to })
     }
 
     /// Like [`Self::flip`], for callers who had no occasion to stage: stages first where that is needed, and
@@ -315,23 +313,23 @@ impl Control {
             tracing::debug!(?event, "a report about a backend that the configuration does not have");
             return;
         };
-        let (state, generation) = {
-            let machine = entry.machine();
-            (machine.state(), machine.word().generation())
-        };
-        if state != State::Replaying {
+        // One lock for the gate and its record: who sees `forward` sees the record as well.
+        let mut machine = entry.machine();
+        if machine.state() != State::Replaying {
             tracing::debug!(backend = %entry.name, ?event, "a report about a replay that is over");
             return;
         }
+        let generation = machine.word().generation();
         match event {
             datapath::Event::ReplayStarted { after, .. } => {
                 entry.replay.send_replace(Replay { generation, first_after: Some(after), ended: None });
-                tracing::info!(backend = %entry.name, ?after, "replay started");
+                drop(machine);
+                tracing::info!(backend = %entry.name, ?after, "the first held packet left");
             }
             datapath::Event::Replayed { stats, .. } => {
-                if let Err(error) = self.event(entry, Event::Replayed) {
-                    tracing::error!(%error, "the end of a replay was refused");
-                    return;
+                match machine.on(Event::Replayed, Instant::now()) {
+                    Ok(commands) => perform(&*self.datapath, entry.number, commands),
+                    Err(refusal) => tracing::error!(backend = %entry.name, %refusal, "the end of a replay"),
                 }
                 entry.replay.send_modify(|replay| {
                     if replay.generation != generation {
@@ -339,6 +337,7 @@ impl Control {
                     }
                     replay.ended = Some(stats);
                 });
+                drop(machine);
                 tracing::info!(backend = %entry.name, ?stats, "replayed; the gate forwards");
             }
         }

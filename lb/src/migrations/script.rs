@@ -1,0 +1,162 @@
+//! A coordinator that plays what a test wrote, with the real gate and no agents.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use migrate::coordinator::{AgentAt, Cutover, Outcome, PhaseTime, Progress, Report, Spec};
+use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio_util::sync::CancellationToken;
+
+use super::{Coordinator, Leftover};
+
+/// What happens in a migration.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Play {
+    /// All goes well.
+    Commit,
+    /// The source refuses before anything is held.
+    FailPrepare,
+    /// The restore fails.
+    FailRestore,
+    /// Holds until it is aborted.
+    UntilAbort,
+    /// Flips, then waits for [`Script::go`].
+    FlipAndWait,
+    /// The coordinator has a bug.
+    Panic,
+}
+
+pub(crate) struct Script {
+    play: Play,
+    pub(crate) go: Arc<Notify>,
+    pub(crate) specs: Mutex<Vec<Spec>>,
+    /// What was recovered: the migration, where the gate pointed, the gate's generation.
+    pub(crate) recovered: Mutex<Vec<(Spec, String, u32)>>,
+    /// What agents answer, by site; nothing where there is no entry.
+    pub(crate) leftovers: Mutex<HashMap<String, Leftover>>,
+}
+
+impl Script {
+    pub(crate) fn new(play: Play) -> Arc<Self> {
+        Arc::new(Self {
+            play,
+            go: Arc::default(),
+            specs: Mutex::default(),
+            recovered: Mutex::default(),
+            leftovers: Mutex::default(),
+        })
+    }
+}
+
+struct Stage {
+    spec: Spec,
+    cutover: Arc<dyn Cutover>,
+    progress: UnboundedSender<Progress>,
+    phases: Vec<PhaseTime>,
+}
+
+impl Stage {
+    fn phase(&mut self, name: &'static str) {
+        let start_ms = self.phases.len() as f64;
+        let end_ms = start_ms + 1.0;
+        let _ = self.progress.send(Progress::Phase { name, start_ms, end_ms: None });
+        let _ = self.progress.send(Progress::Phase { name, start_ms, end_ms: Some(end_ms) });
+        self.phases.push(PhaseTime { name, start_ms, end_ms });
+    }
+
+    fn end(self, outcome: Outcome, reason: Option<&str>) -> Report {
+        Report {
+            outcome,
+            reason: reason.map(str::to_owned),
+            phases: self.phases,
+            freeze_ms: 9.5,
+            flip_us: 12.0,
+            frozen_at_unix_us: Some(1),
+            running_at_unix_us: Some(9501),
+            image_bytes: 1000,
+            sent_bytes: 1100,
+        }
+    }
+}
+
+async fn play(play: Play, mut stage: Stage, abort: CancellationToken, go: Arc<Notify>) -> Report {
+    let (backend, to) = (stage.spec.backend.clone(), stage.spec.target.site.clone());
+    stage.phase("prepare");
+    if let Err(refused) = stage.cutover.stage(&backend, &to) {
+        return stage.end(Outcome::RolledBack, Some(&refused.0));
+    }
+    if matches!(play, Play::FailPrepare) {
+        return stage.end(Outcome::RolledBack, Some("the source cannot be dumped"));
+    }
+    stage.phase("hold");
+    let held = match stage.cutover.hold(&backend, stage.spec.hold) {
+        Ok(generation) => generation,
+        Err(refused) => return stage.end(Outcome::RolledBack, Some(&refused.0)),
+    };
+    let failure = match play {
+        Play::Panic => panic!("a bug in the script"),
+        Play::FailRestore => Some("the restore failed".to_owned()),
+        Play::UntilAbort => {
+            abort.cancelled().await;
+            Some("aborted".to_owned())
+        }
+        Play::Commit | Play::FlipAndWait | Play::FailPrepare => {
+            stage.phase("flip");
+            stage.cutover.flip(&backend, held, &to).err().map(|refused| refused.0)
+        }
+    };
+    if let Some(reason) = failure {
+        stage.phase("rollback");
+        stage.cutover.resume(&backend, held).unwrap();
+        return stage.end(Outcome::RolledBack, Some(&reason));
+    }
+    if matches!(play, Play::FlipAndWait) {
+        go.notified().await;
+    }
+    stage.phase("release");
+    stage.end(Outcome::Committed, None)
+}
+
+impl Coordinator for Script {
+    fn run(
+        &self,
+        spec: Spec,
+        cutover: Arc<dyn Cutover>,
+        abort: CancellationToken,
+        progress: UnboundedSender<Progress>,
+    ) -> BoxFuture<'static, Report> {
+        self.specs.lock().unwrap().push(spec.clone());
+        let stage = Stage { spec, cutover, progress, phases: Vec::new() };
+        play(self.play, stage, abort, self.go.clone()).boxed()
+    }
+
+    fn recover(
+        &self,
+        spec: Spec,
+        active_site: String,
+        generation: u32,
+        cutover: Arc<dyn Cutover>,
+        progress: UnboundedSender<Progress>,
+    ) -> BoxFuture<'static, Report> {
+        self.recovered.lock().unwrap().push((spec.clone(), active_site.clone(), generation));
+        let stage = Stage { spec, cutover, progress, phases: Vec::new() };
+        async move {
+            if active_site == stage.spec.target.site {
+                return stage.end(Outcome::Committed, None);
+            }
+            match stage.cutover.resume(&stage.spec.backend, generation) {
+                Ok(_) => stage.end(Outcome::RolledBack, Some("the load balancer was restarted")),
+                Err(refused) => stage.end(Outcome::InDoubt, Some(&refused.0)),
+            }
+        }
+        .boxed()
+    }
+
+    fn survey(&self, agent: AgentAt, _: String) -> BoxFuture<'static, Result<Option<Leftover>, String>> {
+        let leftover = self.leftovers.lock().unwrap().get(&agent.site).cloned();
+        std::future::ready(Ok(leftover)).boxed()
+    }
+}
