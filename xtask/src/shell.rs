@@ -1,6 +1,7 @@
 //! Finding and running other programs.
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,6 +9,11 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::cache;
+
+/// Prints a line; a reader that went away (`| head`) is no reason to stop.
+pub fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
 
 /// Whether this process may do what setup and labs need.
 pub fn is_root() -> bool {

@@ -6,12 +6,13 @@
 mod criu;
 mod debian;
 mod ebpf;
+mod kernel;
 mod programs;
 mod tools;
 
 use anyhow::{Result, bail};
 
-use crate::cache;
+use crate::{cache, shell};
 
 /// What is needed for which task.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,11 +61,12 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
                 ("missing", text)
             }
         };
-        println!("{word:<10} {name}: {text}");
+        shell::say(&format!("{word:<10} {name}: {text}"));
     };
 
     report("eBPF toolchain", ebpf::provide());
     if scope != Scope::Checks {
+        report("BPF file system", kernel::provide_bpffs());
         programs::provide(&mut report);
         report("CRIU", criu::provide());
     }
@@ -80,7 +82,7 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
 
 /// Says that something takes a while.
 fn announce(what: &str) {
-    println!("...        {what}");
+    shell::say(&format!("...        {what}"));
 }
 
 /// A failed attempt to install as a state, with the reason.
