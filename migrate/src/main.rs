@@ -66,6 +66,16 @@ enum Command {
         #[command(subcommand)]
         what: EnterWhat,
     },
+    /// Start a workload, inside its namespaces.
+    #[command(hide = true)]
+    Launch {
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        log: Option<PathBuf>,
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -89,6 +99,7 @@ fn main() -> ExitCode {
         Command::Agent { config } => agent(&config).map(|()| 0),
         Command::Holder { first_pid } => init::hold(first_pid).map(|()| 0),
         Command::Init { first_pid } => init::run(first_pid).map(|()| 0),
+        Command::Launch { dir, log, argv } => enter::launch(&dir, log.as_deref(), &argv).map(|()| 0),
         Command::Enter { holder, what } => match what {
             EnterWhat::Criu { argv } => enter::run(holder, &What::Criu, &argv),
             EnterWhat::Workload { dir, log, argv } => enter::run(holder, &What::Workload { dir, log }, &argv),

@@ -1,8 +1,8 @@
-//! Starting something inside a holder's namespaces: the hidden subcommand `enter`.
+//! Starting something inside a holder's namespaces: the hidden subcommands `enter` and `launch`.
 //!
-//! The agent is multi-threaded and stays outside; this small process joins the namespaces, starts the
-//! program there and, for CRIU, waits for it. A process that joined a pid namespace keeps it from going away,
-//! so for a workload it ends at once.
+//! The agent is multi-threaded and stays outside; `enter` is a small process that joins the namespaces and
+//! starts the program there. A process that joined a pid namespace keeps it from going away, so it ends with
+//! CRIU, and for a workload at once.
 #![expect(unsafe_code, reason = "pre_exec is the only way to run setsid between fork and exec")]
 
 use std::fs::File;
@@ -41,12 +41,12 @@ pub enum What {
 
 /// Joins the holder's namespaces and starts the program. Gives the exit code for this process.
 pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
-    let (program, args) = argv.split_first().context("no program")?;
     join(holder)?;
-    let mut command = Command::new(program);
-    command.args(args).stdin(Stdio::null());
     match what {
         What::Criu => {
+            let (program, args) = argv.split_first().context("no program")?;
+            let mut command = Command::new(program);
+            command.args(args).stdin(Stdio::null());
             let socket = fcntl(std::io::stdin(), FcntlArg::F_DUPFD(SOCKET_FD)).context("CRIU's socket")?;
             let images = fcntl(std::io::stdout(), FcntlArg::F_DUPFD(IMAGES_FD)).context("images folder")?;
             ensure!((socket, images) == (SOCKET_FD, IMAGES_FD), "descriptor {SOCKET_FD} is taken");
@@ -60,20 +60,33 @@ pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
             Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
         }
         What::Workload { dir, log } => {
-            let output = || -> Result<Stdio> { Ok(log.as_deref().map_or(Ok(Stdio::null()), open_log)?) };
-            command.current_dir(dir).stdout(output()?).stderr(output()?);
-            let isolate = || {
-                // CRIU dumps whole sessions, and what comes from outside cannot be restored elsewhere.
-                nix::unistd::setsid()?;
-                sys::close_on_exec_from(3)
-            };
-            // SAFETY: `setsid` and `close_range` are plain system calls, safe between fork and exec.
-            unsafe { command.pre_exec(isolate) };
-            let child = command.spawn().with_context(|| format!("start {program}"))?;
-            println!("{}", child.id());
-            Ok(0)
+            // One step more: the workload's parent has to be inside, so that pid 1 inherits it from there.
+            let mut launch = Command::new("/proc/self/exe");
+            launch.arg("launch").arg("--dir").arg(dir);
+            if let Some(log) = log {
+                launch.arg("--log").arg(log);
+            }
+            let status = launch.arg("--").args(argv).stdin(Stdio::null()).status().context("launch")?;
+            Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
         }
     }
+}
+
+/// The subcommand `launch`: starts a workload, already inside the namespaces, and leaves it to pid 1.
+pub fn launch(dir: &Path, log: Option<&Path>, argv: &[String]) -> Result<()> {
+    let (program, args) = argv.split_first().context("no program")?;
+    let output = || -> Result<Stdio> { log.map_or_else(|| Ok(Stdio::null()), open_log) };
+    let mut command = Command::new(program);
+    command.args(args).current_dir(dir).stdin(Stdio::null()).stdout(output()?).stderr(output()?);
+    let isolate = || {
+        // CRIU dumps whole sessions, and what comes from outside cannot be restored elsewhere.
+        nix::unistd::setsid()?;
+        sys::close_on_exec_from(3)
+    };
+    // SAFETY: `setsid` and `close_range` are plain system calls, safe between fork and exec.
+    unsafe { command.pre_exec(isolate) };
+    command.spawn().with_context(|| format!("start {program}"))?;
+    Ok(())
 }
 
 fn open_log(path: &Path) -> Result<Stdio> {
