@@ -19,7 +19,7 @@ pub const VIRTUAL6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x100);
 /// How many backend addresses each site holds, per family.
 pub const BACKENDS: u8 = 4;
 /// The load balancer's source addresses towards backends, as a prefix.
-pub const NAT_SOURCE4: &str = "10.9.0.0/24";
+pub const NAT_SOURCE4: &str = "10.9.0.0/16";
 /// The load balancer's source addresses towards backends, as a prefix.
 pub const NAT_SOURCE6: &str = "fd00:9::/112";
 /// Where the daemon's admin API listens, inside the namespace `lb`.
