@@ -1,5 +1,22 @@
 //! The load balancer's daemon and its command line.
+//!
+//! ```text
+//! cli -> run -> admin -> migrations -> control -> datapath
+//!   \-> client -- HTTP --^       \-> migrate (the companion's coordinator)
+//! ```
+//!
+//! * [`config`] is the file, checked, all its mistakes at once.
+//! * [`datapath`] carries packets: the trait, and XDP.
+//! * [`control`] decides what happens to a backend's packets: a pure state machine and its driver.
+//! * [`migrations`] knows those under way and those that ended, and ends what a former daemon left behind.
+//! * [`admin`] is the HTTP API.
+//! * [`run`] puts the daemon together and takes it apart.
+//! * [`cli`] and [`client`] are the commands and their side of the API.
+//!
+//! What is not here: parsing and rewriting of packets (`lb-core`), and checkpoint and restore (`migrate`).
+
 pub mod admin;
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod control;
@@ -7,5 +24,6 @@ pub mod datapath;
 #[cfg(test)]
 mod memory;
 pub mod migrations;
+pub mod run;
 #[cfg(test)]
 mod testing;

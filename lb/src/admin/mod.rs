@@ -81,4 +81,4 @@ async fn openapi() -> Response {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

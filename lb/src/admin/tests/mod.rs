@@ -17,35 +17,35 @@ use crate::client::AdminClient;
 use crate::migrations::Script;
 use crate::testing::TestControl;
 
-pub(super) use crate::migrations::Play;
+pub(crate) use crate::migrations::Play;
 
-pub(super) struct Server {
-    pub(super) client: AdminClient,
-    pub(super) address: std::net::SocketAddr,
-    pub(super) control: TestControl,
-    pub(super) script: Arc<Script>,
-    pub(super) stop: CancellationToken,
+pub(crate) struct Server {
+    pub(crate) client: AdminClient,
+    pub(crate) address: std::net::SocketAddr,
+    pub(crate) control: TestControl,
+    pub(crate) script: Arc<Script>,
+    pub(crate) stop: CancellationToken,
     _stop: DropGuard,
 }
 
-pub(super) struct Answer {
-    pub(super) status: u16,
-    pub(super) headers: http::HeaderMap,
-    pub(super) text: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: http::HeaderMap,
+    pub(crate) text: String,
 }
 
 impl Answer {
-    pub(super) fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("not JSON: {}", self.text))
     }
 
-    pub(super) fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 }
 
 impl Server {
-    pub(super) async fn new(play: Play) -> Self {
+    pub(crate) async fn new(play: Play) -> Self {
         let control = TestControl::new();
         let script = Script::new(play);
         let migrations =
@@ -64,20 +64,20 @@ impl Server {
         Self { client, address, control, script, stop: stop.clone(), _stop: stop.drop_guard() }
     }
 
-    pub(super) async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Answer {
+    pub(crate) async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Answer {
         answer(self.client.send(method, path, body.into()).await.unwrap()).await
     }
 
-    pub(super) async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.send(Method::GET, path, "").await
     }
 
-    pub(super) async fn post(&self, path: &str, body: Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
         self.send(Method::POST, path, body.to_string()).await
     }
 
     /// Everything that a refused request must not change.
-    pub(super) async fn everything(&self) -> (Value, Vec<crate::memory::Call>) {
+    pub(crate) async fn everything(&self) -> (Value, Vec<crate::memory::Call>) {
         let mut status = self.get("/v1/status").await.json();
         for backend in status["backends"].as_array_mut().unwrap() {
             // Time passes.
@@ -87,7 +87,7 @@ impl Server {
     }
 
     /// Follows a migration to its end.
-    pub(super) async fn finished(&self, id: &Value) -> Value {
+    pub(crate) async fn finished(&self, id: &Value) -> Value {
         let path = format!("/v1/migrations/{}/events", id.as_str().unwrap());
         let mut events = self.client.events(&path).await.unwrap();
         while let Some(event) = events.next().await.unwrap() {
@@ -106,6 +106,6 @@ async fn answer(response: Response<Incoming>) -> Answer {
     Answer { status: parts.status.as_u16(), headers: parts.headers, text }
 }
 
-pub(super) fn hold() -> Value {
+pub(crate) fn hold() -> Value {
     json!({"policy": "hold", "deadline_ms": 5000})
 }

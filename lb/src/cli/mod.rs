@@ -1,0 +1,146 @@
+//! The command line: `lb run`, `lb status`, `lb migrate`.
+//!
+//! What lives here: arguments, what is shown, exit codes. The daemon is `run`, the requests are `client`.
+
+mod migrate;
+mod status;
+mod text;
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::client::{AdminClient, ClientError};
+use crate::config::MAX_DEADLINE_MS;
+use crate::control::Policy;
+use crate::run::{self, RunError};
+
+/// Drover's load balancer: keeps clients connected while the server behind it moves to another site.
+#[derive(Debug, Parser)]
+#[command(name = "lb", version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the load balancer.
+    ///
+    /// Attaches to the interfaces, takes over what a former run left pinned, and serves the admin API. SIGTERM
+    /// and SIGINT stop it; packets keep flowing without it. RUST_LOG sets what is logged (default: info).
+    Run(RunArgs),
+    /// Show hooks, backends and migrations of a running load balancer.
+    Status(StatusArgs),
+    /// Move a backend to another site and watch it go.
+    ///
+    /// Exit code: 0 the backend runs at the new site, 1 it was rolled back and runs where it was, 2 nothing was
+    /// started (wrong arguments, refused, or the load balancer cannot be reached), 3 the outcome is in doubt.
+    Migrate(MigrateArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The configuration (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct AdminArgs {
+    /// The load balancer's admin API.
+    #[arg(long, value_name = "URL", env = "DROVER_ADMIN", default_value = "http://127.0.0.1:7400")]
+    admin: String,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// Print what the API answered, as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct MigrateArgs {
+    /// The backend that is to move.
+    backend: String,
+    /// The site where it is to go.
+    #[arg(long, value_name = "SITE")]
+    to: String,
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// What happens to clients' packets meanwhile: kept and sent on, or dropped (TCP sends them again).
+    #[arg(long, value_enum, default_value_t = PolicyArg::Hold)]
+    policy: PolicyArg,
+    /// How long packets may be held before the migration is rolled back [default: the load balancer's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MAX_DEADLINE_MS))]
+    deadline_ms: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PolicyArg {
+    Hold,
+    Drop,
+}
+
+impl From<PolicyArg> for Policy {
+    fn from(policy: PolicyArg) -> Self {
+        match policy {
+            PolicyArg::Hold => Self::Hold,
+            PolicyArg::Drop => Self::Drop,
+        }
+    }
+}
+
+/// Exit code of a command that was told something wrong or cannot reach the load balancer.
+const NOT_DONE: u8 = 2;
+
+/// Does what the arguments say.
+pub fn main(cli: Cli) -> ExitCode {
+    let quiet = !matches!(cli.command, Command::Run(_));
+    let level = if quiet { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error, 1),
+    };
+    let code = runtime.block_on(async {
+        match cli.command {
+            Command::Run(args) => match run::run(&args.config).await {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error @ RunError::Config(_)) => failed(&error, NOT_DONE),
+                Err(error) => failed(&error, 1),
+            },
+            Command::Status(args) => {
+                let show = async {
+                    let client = AdminClient::new(&args.admin.admin)?;
+                    status::show(&client, args.json).await
+                };
+                show.await.map_or_else(|error| failed(&error, NOT_DONE), |()| ExitCode::SUCCESS)
+            }
+            Command::Migrate(args) => migrate::command(args).await,
+        }
+    });
+    // Threads that wait for something must not keep the process.
+    runtime.shutdown_background();
+    code
+}
+
+/// Says what went wrong, with what is behind it.
+fn failed(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    eprintln!("error: {}", text::chain(error));
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,100 @@
+//! `lb status`.
+
+use std::io::Write as _;
+
+use http::Method;
+
+use super::ClientError;
+use super::text::{bytes, table};
+use crate::admin::StatusView;
+use crate::client::AdminClient;
+use crate::control::BackendView;
+use crate::migrations::{MigrationState, MigrationView};
+
+/// How many of the last migrations are shown.
+const MIGRATIONS: usize = 10;
+
+pub(super) async fn show(client: &AdminClient, json: bool) -> Result<(), ClientError> {
+    let text = if json {
+        let status: serde_json::Value = client.json(Method::GET, "/v1/status", None::<&()>).await?;
+        format!("{status:#}\n")
+    } else {
+        render(&client.json(Method::GET, "/v1/status", None::<&()>).await?)
+    };
+    // A reader that has seen enough (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(())
+}
+
+/// The status as tables.
+pub(super) fn render(status: &StatusView) -> String {
+    let hooks: Vec<String> =
+        status.hooks.iter().map(|hook| format!("{} ({})", hook.interface, hook.mode)).collect();
+    let services = if status.services == 1 { "service" } else { "services" };
+    let mut text =
+        format!("Drover {}, {} {services}, on {}\n\n", status.version, status.services, hooks.join(", "));
+    let rows: Vec<Vec<String>> = status.backends.iter().map(backend).collect();
+    let headings = [
+        "BACKEND",
+        "ADDRESS",
+        "LOCATION",
+        "GATE",
+        "GENERATION",
+        "HELD",
+        "DROPPED",
+        "FROM CLIENTS",
+        "TO CLIENTS",
+    ];
+    text += &table(&headings, &rows);
+    let skipped = status.migrations.len().saturating_sub(MIGRATIONS);
+    if !status.migrations.is_empty() {
+        let rows: Vec<Vec<String>> = status.migrations[skipped..].iter().map(migration).collect();
+        let headings = ["MIGRATION", "BACKEND", "FROM", "TO", "STATE", "FROZEN", "HELD", "REASON"];
+        text += "\n";
+        text += &table(&headings, &rows);
+    }
+    text
+}
+
+fn backend(backend: &BackendView) -> Vec<String> {
+    let gate = match (backend.state.as_str(), backend.deadline_in_ms) {
+        ("holding", Some(left)) => format!("{} ({left} ms left)", backend.gate),
+        ("expired", _) => format!("{} (deadline passed)", backend.gate),
+        _ => backend.gate.clone(),
+    };
+    let traffic = backend.traffic;
+    vec![
+        backend.name.clone(),
+        backend.address.to_string(),
+        backend.location.clone().unwrap_or_else(|| "unknown".to_owned()),
+        gate,
+        backend.generation.to_string(),
+        backend.hold.held_packets.to_string(),
+        backend.hold.dropped_packets.to_string(),
+        format!("{} ({})", traffic.to_backend_packets, bytes(traffic.to_backend_bytes)),
+        format!("{} ({})", traffic.to_clients_packets, bytes(traffic.to_clients_bytes)),
+    ]
+}
+
+fn migration(migration: &MigrationView) -> Vec<String> {
+    let state = match migration.state {
+        MigrationState::Running => {
+            let phase = migration.phases.last().map_or("", |phase| phase.name.as_str());
+            format!("running: {phase}")
+        }
+        MigrationState::Committed => "committed".to_owned(),
+        MigrationState::RolledBack => "rolled back".to_owned(),
+        MigrationState::InDoubt => "IN DOUBT".to_owned(),
+    };
+    let report = migration.report.as_ref();
+    vec![
+        migration.id.clone(),
+        migration.backend.clone(),
+        migration.from.clone(),
+        migration.to.clone(),
+        state,
+        report.map_or_else(|| "-".to_owned(), |report| format!("{:.1} ms", report.freeze_ms)),
+        report.map_or_else(|| "-".to_owned(), |report| report.held_packets.to_string()),
+        report.and_then(|report| report.reason.clone()).unwrap_or_default(),
+    ]
+}

@@ -1,0 +1,129 @@
+//! The commands against the API over a datapath in memory.
+
+use std::sync::{Arc, Mutex};
+
+use clap::CommandFactory as _;
+
+use super::*;
+use crate::admin::tests::{Play, Server};
+use crate::datapath::HoldStats;
+
+#[derive(Clone, Default)]
+struct Paper(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Paper {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Paper {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+fn migrate_args(arguments: &[&str]) -> MigrateArgs {
+    let cli = Cli::try_parse_from([&["lb", "migrate"], arguments].concat()).unwrap();
+    match cli.command {
+        Command::Migrate(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Runs `lb migrate`; what it shows and its exit code.
+async fn migrate(play: Play, stats: HoldStats) -> (String, ExitCode) {
+    let server = Server::new(play).await;
+    server.control.datapath.set_stats(stats);
+    let args = migrate_args(&["chat-1", "--to", "fra", "--admin", server.client.url()]);
+    let id = super::migrate::start(&server.client, &args).await.unwrap();
+    let paper = Paper::default();
+    let mut screen = super::migrate::Screen::to(paper.clone());
+    let view = super::migrate::watch(&server.client, &id, &mut screen).await.unwrap();
+    (paper.text().replace(&id, "m-1"), super::migrate::exit_code(view.state))
+}
+
+#[tokio::test]
+async fn a_migration_that_commits_is_shown_phase_by_phase() {
+    let stats = HoldStats { held_packets: 32, held_bytes: 4096, replayed_packets: 32, dropped_packets: 0 };
+    let (text, code) = migrate(Play::Commit, stats).await;
+    assert_eq!(
+        text,
+        "chat-1: ams -> fra (m-1)\n\
+         \x20 prepare        1.00 ms\n\
+         \x20 hold           1.00 ms\n\
+         \x20 flip           1.00 ms\n\
+         \x20 release        1.00 ms\n\
+         committed in 4.0 ms: chat-1 runs at fra\n\
+         \x20 frozen for 9.5 ms, 1000 B of images, 1.1 KiB sent\n\
+         \x20 32 packets held (4.0 KiB), 32 replayed, 0 dropped\n\
+         \x20 flip 12 us, first held packet sent after 40 us\n"
+    );
+    assert_eq!(code, ExitCode::SUCCESS);
+}
+
+#[tokio::test]
+async fn a_migration_that_is_rolled_back_says_why() {
+    let (text, code) = migrate(Play::FailRestore, HoldStats::default()).await;
+    assert!(
+        text.contains("rolled back in 3.0 ms: chat-1 runs at ams as before\n  reason: the restore failed\n"),
+        "{text}"
+    );
+    assert_eq!(code, ExitCode::from(1));
+    let (text, code) = migrate(Play::Panic, HoldStats::default()).await;
+    assert!(text.contains("IN DOUBT") && text.contains("by hand"), "{text}");
+    assert_eq!(code, ExitCode::from(3));
+}
+
+#[tokio::test]
+async fn a_refusal_is_said_plainly() {
+    let server = Server::new(Play::Commit).await;
+    let args = migrate_args(&["chat-1", "--to", "ams", "--admin", server.client.url()]);
+    let error = super::migrate::start(&server.client, &args).await.unwrap_err();
+    assert_eq!(text::chain(&error), "backend \"chat-1\" runs at site \"ams\" already");
+    assert_eq!(super::migrate::command(args).await, ExitCode::from(2));
+    let nobody = migrate_args(&["chat-1", "--to", "ams", "--admin", "http://127.0.0.1:1"]);
+    assert_eq!(super::migrate::command(nobody).await, ExitCode::from(2));
+    let no_address = migrate_args(&["chat-1", "--to", "ams", "--admin", "here"]);
+    assert_eq!(super::migrate::command(no_address).await, ExitCode::from(2));
+}
+
+#[tokio::test]
+async fn status_is_a_table() {
+    let server = Server::new(Play::FailRestore).await;
+    let started = serde_json::json!({"backend": "chat-1", "to": "fra"});
+    let id = server.post("/v1/migrations", started).await.json()["id"].clone();
+    server.finished(&id).await;
+    server.post("/v1/backends/chat-2/hold", serde_json::json!({"policy": "drop"})).await;
+    let status = server.client.json(http::Method::GET, "/v1/status", None::<&()>).await.unwrap();
+    let text = status::render(&status).replace(id.as_str().unwrap(), "m-1");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], format!("Drover {}, 1 service, on mem0 (memory)", env!("CARGO_PKG_VERSION")));
+    assert!(lines[2].starts_with("BACKEND  ADDRESS        LOCATION  GATE"), "{text}");
+    assert!(lines[3].starts_with("chat-1   10.1.0.1:6379  ams       forward"), "{text}");
+    assert!(lines[4].contains("bare      drop (") && lines[4].contains("ms left)"), "{text}");
+    assert!(lines[7].starts_with("m-1  chat-1   ams   fra  rolled back  9.5 ms     0  the"), "{text}");
+    assert!(lines[7].ends_with("the restore failed"), "{text}");
+}
+
+#[test]
+fn arguments() {
+    Cli::command().debug_assert();
+    let args = migrate_args(&["chat-1", "--to", "fra", "--policy", "drop", "--deadline-ms", "700"]);
+    assert_eq!((args.backend.as_str(), args.to.as_str(), args.deadline_ms), ("chat-1", "fra", Some(700)));
+    assert!(matches!(args.policy, PolicyArg::Drop));
+    for wrong in [
+        &["lb", "migrate", "chat-1"][..],
+        &["lb", "migrate", "chat-1", "--to", "fra", "--policy", "maybe"],
+        &["lb", "migrate", "chat-1", "--to", "fra", "--deadline-ms", "0"],
+        &["lb", "run"],
+        &["lb", "walk"],
+    ] {
+        assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
+    }
+}
