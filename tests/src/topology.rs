@@ -112,6 +112,9 @@ fn site_lines(site: Site) -> Vec<String> {
     for prefix in ["default", "fd00:9::/64"] {
         lines.push(format!("route add {prefix} via {via6} src {source6}"));
     }
+    // The other site holds the backend's address too, and would answer itself: agents speak from their own.
+    lines.push(format!("route add 10.2.0.0/16 via {via4} src {}", address::site4(site)));
+    lines.push(format!("route add fd00:2::/32 via {via6} src {}", address::site6(site)));
     lines
 }
 
