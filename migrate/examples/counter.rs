@@ -12,6 +12,8 @@ use std::net::TcpListener;
 fn main() -> std::io::Result<()> {
     let mut args = std::env::args().skip(1);
     let address = args.next().ok_or(std::io::ErrorKind::InvalidInput)?;
+    // First of all: clients may come while memory is filled.
+    let listener = TcpListener::bind(address)?;
     let (mut unix, mut file, mut memory) = (None, None, Vec::new());
     while let (Some(option), Some(value)) = (args.next(), args.next()) {
         match option.as_str() {
@@ -22,7 +24,6 @@ fn main() -> std::io::Result<()> {
             _ => return Err(std::io::ErrorKind::InvalidInput.into()),
         }
     }
-    let listener = TcpListener::bind(address)?;
     for stream in listener.incoming() {
         let mut stream = stream?;
         std::thread::spawn(move || {

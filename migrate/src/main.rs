@@ -51,12 +51,16 @@ enum Command {
     Holder {
         #[arg(long)]
         first_pid: Option<u32>,
+        #[arg(long)]
+        kernel_cache: Option<PathBuf>,
     },
     /// Be pid 1 of a workload's namespaces.
     #[command(hide = true)]
     Init {
         #[arg(long)]
         first_pid: Option<u32>,
+        #[arg(long)]
+        kernel_cache: Option<PathBuf>,
     },
     /// Start something inside a workload's namespaces.
     #[command(hide = true)]
@@ -97,8 +101,12 @@ enum EnterWhat {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Agent { config } => agent(&config).map(|()| 0),
-        Command::Holder { first_pid } => init::hold(first_pid).map(|()| 0),
-        Command::Init { first_pid } => init::run(first_pid).map(|()| 0),
+        Command::Holder { first_pid, kernel_cache } => {
+            init::hold(first_pid, kernel_cache.as_deref()).map(|()| 0)
+        }
+        Command::Init { first_pid, kernel_cache } => {
+            init::run(first_pid, kernel_cache.as_deref()).map(|()| 0)
+        }
         Command::Launch { dir, log, argv } => enter::launch(&dir, log.as_deref(), &argv).map(|()| 0),
         Command::Enter { holder, what } => match what {
             EnterWhat::Criu { argv } => enter::run(holder, &What::Criu, &argv),

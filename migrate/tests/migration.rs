@@ -2,28 +2,349 @@
 
 mod common;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{At, Client, Lab, Options, possible};
-use migrate::coordinator::Outcome;
+use common::{At, BACKEND, Client, Lab, Options, possible};
+use migrate::coordinator::{Outcome, Progress, Report};
+use tokio_util::sync::CancellationToken;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
+fn lab(options: Options) -> Option<Arc<Lab>> {
+    possible().then(|| Arc::new(Lab::new(options)))
+}
+
+fn show(what: &str, report: &Report) {
+    let phases: Vec<_> = report
+        .phases
+        .iter()
+        .map(|phase| format!("{} {:.1}", phase.name, phase.end_ms - phase.start_ms))
+        .collect();
+    println!(
+        "{what}: {:?}, freeze {:.1} ms (of it {:.1} ms for the test's own flip), phases in ms: {}",
+        report.outcome,
+        report.freeze_ms,
+        report.flip_us / 1e3,
+        phases.join(", ")
+    );
+}
+
+/// Everything that has to hold after a migration that did not happen.
+fn assert_rolled_back(lab: &Arc<Lab>, report: &Report, why: &str) {
+    show("rollback", report);
+    assert_eq!(report.outcome, Outcome::RolledBack, "{:?}", report.reason);
+    let reason = report.reason.as_deref().unwrap_or_default();
+    assert!(reason.contains(why), "{reason:?} does not say {why:?}");
+    assert!(report.phases.iter().any(|phase| phase.name == "rollback"), "{:?}", report.phases);
+    assert!(lab.get(At::A, "/v1/workloads").contains("\"state\":\"running\""));
+    lab.assert_unsilenced(At::A);
+}
+
+fn assert_moves(lab: &Arc<Lab>, client: &Client, id: &str, from: At) {
+    let report = lab.migrate(lab.spec(id, from, DEADLINE), |_| ());
+    show(id, &report);
+    assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
+    client.wait(20);
+}
+
 #[test]
 fn there_and_back() {
-    if !possible() {
-        return;
-    }
-    let lab = Arc::new(Lab::new(Options::default()));
+    let Some(lab) = lab(Options::default()) else { return };
     let client = Client::start(&lab);
     let mut from = At::A;
     for round in 0..6 {
         let report = lab.migrate(lab.spec(&format!("m-{round}"), from, DEADLINE), |_| ());
-        println!("{}", serde_json::to_string(&report).unwrap());
+        show(&format!("{from:?} -> {:?}", from.other()), &report);
         assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
+        assert_eq!(report.reason, None);
+        let names: Vec<_> = report.phases.iter().map(|phase| phase.name).collect();
+        assert_eq!(names, migrate::coordinator::machine::PHASES);
+        assert!(report.phases.iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
+        assert!(report.freeze_ms > 0.0 && report.image_bytes > 0 && report.sent_bytes > report.image_bytes);
         client.wait(20);
+        lab.assert_unsilenced(At::A);
+        lab.assert_unsilenced(At::B);
+        let (here, gone) = (lab.get(from.other(), "/v1/workloads"), lab.get(from, "/v1/workloads"));
+        assert!(
+            here.contains("\"state\":\"running\"") && gone.contains("\"state\":\"absent\""),
+            "{here}{gone}"
+        );
         from = from.other();
     }
+    for at in [At::A, At::B] {
+        let images = lab.dir.join(format!("state-{}/images", at.name()));
+        assert!(std::fs::read_dir(images).unwrap().all(|entry| entry.unwrap().path().is_file()));
+    }
+    client.finish().unwrap();
+}
+
+#[test]
+fn over_ipv6() {
+    let Some(lab) = lab(Options { ipv6: true, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    assert_moves(&lab, &client, "v6-there", At::A);
+    assert_moves(&lab, &client, "v6-back", At::B);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_file_that_is_missing_at_the_target_rolls_back() {
+    if !possible() {
+        return;
+    }
+    let folder = PathBuf::from(format!("/dev/shm/migrate-needed-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("needed");
+    std::fs::write(&file, "x").unwrap();
+    let arguments = vec!["--open".to_owned(), file.to_str().unwrap().to_owned()];
+    let lab =
+        Arc::new(Lab::new(Options { arguments, hide_at_b: Some(folder.clone()), ..Options::default() }));
+    let client = Client::start(&lab);
+    for round in 0..2 {
+        let report = lab.migrate(lab.spec(&format!("missing-{round}"), At::A, DEADLINE), |_| ());
+        assert_rolled_back(&lab, &report, "needed");
+        client.wait(20);
+        let target = lab.get(At::B, "/v1/workloads");
+        assert!(target.contains("\"state\":\"absent\""), "{target}");
+    }
+    client.finish().unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_server_that_cannot_be_dumped_goes_on() {
+    if !possible() {
+        return;
+    }
+    let path = format!("/dev/shm/migrate-outside-{}", std::process::id());
+    let _outside = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let arguments = vec!["--unix".to_owned(), path.clone()];
+    let lab = Arc::new(Lab::new(Options { arguments, ..Options::default() }));
+    let client = Client::start(&lab);
+    let report = lab.migrate(lab.spec("outside", At::A, DEADLINE), |_| ());
+    assert_rolled_back(&lab, &report, "unix");
+    client.wait(20);
+    client.finish().unwrap();
+    std::fs::remove_file(path).unwrap();
+}
+
+/// Kills an agent when a phase begins; the phases before the flip all end in a rollback.
+fn kill_in(lab: &Arc<Lab>, id: &str, at: At, phase: &str) -> Report {
+    let killer = lab.clone();
+    lab.migrate(lab.spec(id, At::A, DEADLINE), move |progress| {
+        if matches!(progress, Progress::Phase { name, end_ms: None, .. } if *name == phase) {
+            killer.kill_agent(at);
+        }
+    })
+}
+
+#[test]
+fn a_target_agent_that_dies_rolls_back_and_the_next_try_succeeds() {
+    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
+    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    for phase in ["prepare", "drain", "freeze", "transfer", "restore"] {
+        let report = kill_in(&lab, &format!("kill-b-{phase}"), At::B, phase);
+        assert_rolled_back(&lab, &report, "the target failed");
+        client.wait(20);
+        lab.start_agent(At::B);
+        assert!(lab.get(At::B, "/v1/workloads").contains("\"state\":\"absent\""));
+    }
+    assert_moves(&lab, &client, "after", At::A);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_source_agent_that_dies_leaves_its_workload_running() {
+    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
+    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    for phase in ["freeze", "transfer"] {
+        let restarter = lab.clone();
+        let report = lab.migrate(lab.spec(&format!("kill-a-{phase}"), At::A, DEADLINE), move |progress| {
+            if matches!(progress, Progress::Phase { name, end_ms: None, .. } if *name == phase) {
+                restarter.kill_agent(At::A);
+                restarter.start_agent(At::A);
+            }
+        });
+        assert_rolled_back(&lab, &report, "the source failed");
+        assert!(lab.log(At::A).contains("adopted"));
+        client.wait(20);
+    }
+    assert_moves(&lab, &client, "after", At::A);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_deadline_that_passes_rolls_back() {
+    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
+    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    let report = lab.migrate(lab.spec("late", At::A, Duration::from_millis(30)), |_| ());
+    assert_rolled_back(&lab, &report, "deadline of 30 ms passed");
+    client.wait(20);
+    assert_moves(&lab, &client, "after", At::A);
+    client.finish().unwrap();
+}
+
+#[test]
+fn an_abort_before_the_flip_rolls_back() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    for phase in ["prepare", "drain"] {
+        let abort = CancellationToken::new();
+        let (canceller, phase_name) = (abort.clone(), phase);
+        let spec = lab.spec(&format!("abort-{phase}"), At::A, DEADLINE);
+        let report = lab.coordinate(
+            move |progress| {
+                if matches!(progress, Progress::Phase { name, .. } if *name == phase_name) {
+                    canceller.cancel();
+                }
+            },
+            |lab, progress| async move {
+                migrate::coordinator::run(spec, common::Gate::at(&lab), abort, progress).await
+            },
+        );
+        // The test may be too late for a drain of a millisecond; then it is a migration like any other.
+        if phase == "prepare" || report.outcome == Outcome::RolledBack {
+            assert_rolled_back(&lab, &report, "aborted");
+            client.wait(20);
+        }
+    }
+    client.finish().unwrap();
+}
+
+#[test]
+fn agents_can_be_killed_while_nothing_moves() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    for _ in 0..2 {
+        lab.kill_agent(At::A);
+        client.wait(20);
+        lab.start_agent(At::A);
+        client.wait(20);
+    }
+    assert_moves(&lab, &client, "there", At::A);
+    lab.kill_agent(At::B);
+    client.wait(20);
+    lab.start_agent(At::B);
+    assert_moves(&lab, &client, "back", At::B);
+    client.finish().unwrap();
+}
+
+/// What nobody reads.
+fn crash_report() -> Report {
+    Report {
+        outcome: Outcome::InDoubt,
+        reason: None,
+        phases: Vec::new(),
+        freeze_ms: 0.0,
+        flip_us: 0.0,
+        frozen_at_unix_us: None,
+        running_at_unix_us: None,
+        image_bytes: 0,
+        sent_bytes: 0,
+    }
+}
+
+#[test]
+fn a_coordinator_that_dies_is_recovered_from() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    // Restored at the target, then silence: what a crash of the load balancer before the flip looks like.
+    let spec = lab.spec("crash", At::A, DEADLINE);
+    let dead = spec.clone();
+    let gate = common::Gate::at(&lab);
+    let (held, crashed) = (gate.clone(), lab.clone());
+    crashed.coordinate(
+        |_| (),
+        move |_, progress| async move {
+            let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+            let run = migrate::coordinator::run(
+                dead,
+                Arc::new(common::Stuck(held)),
+                CancellationToken::new(),
+                sender,
+            );
+            let mut run = std::pin::pin!(run);
+            loop {
+                tokio::select! {
+                    report = &mut run => break report,
+                    Some(Progress::Phase { name: "transfer", .. }) = receiver.recv() => {
+                        drop(progress);
+                        break crash_report();
+                    }
+                }
+            }
+        },
+    );
+    let report = lab.coordinate(|_| (), {
+        let gate = gate.clone();
+        let spec = spec.clone();
+        move |_, progress| async move {
+            let generation = gate.generation();
+            migrate::coordinator::recover(spec, "a", generation, gate, progress).await
+        }
+    });
+    assert_rolled_back(&lab, &report, "restarted before the flip");
+    client.wait(20);
+    assert_moves(&lab, &client, "after", At::A);
+
+    // After the flip: the target runs already, `go` and `release` are said again.
+    let report = lab.coordinate(|_| (), {
+        let (gate, spec) = (common::Gate::at(&lab), lab.spec("after", At::A, DEADLINE));
+        move |_, progress| async move {
+            let generation = gate.generation();
+            migrate::coordinator::recover(spec, "b", generation, gate, progress).await
+        }
+    });
+    assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
+    client.wait(20);
+    client.finish().unwrap();
+}
+
+#[test]
+fn bad_requests_have_their_own_answers_and_change_nothing() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let prepare = |role: &str, workload: &str, address: &str| {
+        format!(
+            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","hold_deadline_ms":1000}}"#
+        )
+    };
+    let address = lab.address.to_string();
+    for (at, path, body, status, detail) in [
+        (At::A, "/v1/migrations/x", "{".to_owned(), "400", "EOF"),
+        (At::A, "/v1/migrations/x", "{}".to_owned(), "422", "missing field"),
+        (At::A, "/v1/migrations/x", prepare("target", BACKEND, &address), "409", "running here"),
+        (At::B, "/v1/migrations/x", prepare("source", BACKEND, &address), "400", "target_url"),
+        (At::A, "/v1/migrations/x", prepare("target", "chat-2", &address), "404", "no workload"),
+        (At::A, "/v1/migrations/x", prepare("target", BACKEND, "10.1.0.2:7000"), "400", "10.1.0.2:7000/tcp"),
+        (At::A, "/v1/migrations/.x", prepare("target", BACKEND, &address), "400", "id"),
+        (At::A, "/v1/nothing", String::new(), "404", "nothing at this path"),
+    ] {
+        let answer = lab.http(at, "PUT", path, &body);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{path} {body}: {answer}");
+        assert!(answer.contains("application/problem+json") && answer.contains(detail), "{answer}");
+    }
+    for verb in ["freeze", "release", "go", "abort"] {
+        let body = if verb == "freeze" {
+            r#"{"settle_us":0}"#.into()
+        } else {
+            format!(r#"{{"role":"source","workload":"{BACKEND}"}}"#)
+        };
+        let answer = lab.http(At::B, "POST", &format!("/v1/migrations/none/{verb}"), &body);
+        // To release what is not here is done already.
+        let status = match verb {
+            "freeze" => "404",
+            "release" => "200",
+            _ => "409",
+        };
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{verb}: {answer}");
+    }
+    assert!(lab.get(At::A, "/healthz").ends_with("ok\n"));
+    client.wait(20);
     client.finish().unwrap();
 }

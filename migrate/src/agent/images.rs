@@ -56,7 +56,10 @@ pub fn open_root(state_dir: &Path) -> Result<PathBuf, ImagesError> {
             .map_err(|errno| failed(errno.into()))?;
     }
     for left in fs::read_dir(&root).map_err(failed)? {
-        fs::remove_dir_all(left.map_err(failed)?.path()).map_err(failed)?;
+        let left = left.map_err(failed)?;
+        let is_folder = left.file_type().map_err(failed)?.is_dir();
+        let path = left.path();
+        if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(failed)?;
     }
     Ok(root)
 }

@@ -190,18 +190,27 @@ async fn prepare(
         }
         .into());
     }
+    // On a task of its own: a coordinator that goes away must not leave half of it.
+    let done = tokio::spawn(get_ready(site.clone(), id, prepare)).await;
+    done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
+    Ok(Json(Prepared { site: site.config.site.clone() }))
+}
+
+async fn get_ready(site: Arc<Site>, id: String, prepare: Prepare) -> Answer<()> {
     settle(&site, &prepare.workload).await;
+    let broken =
+        |error: &dyn std::error::Error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error));
     match prepare.role {
         Role::Source => source::prepare(&site, &id, &prepare).await.map_err(|error| match error {
             source::PrepareError::Site(error) => error.into(),
-            error => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
-        })?,
+            source::PrepareError::NoTarget => Refusal::new(StatusCode::BAD_REQUEST, error.to_string()),
+            error => broken(&error),
+        }),
         Role::Target => target::prepare(&site, &id, &prepare).await.map_err(|error| match error {
             target::PrepareError::Site(error) => error.into(),
-            error => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error)),
-        })?,
+            error => broken(&error),
+        }),
     }
-    Ok(Json(Prepared { site: site.config.site.clone() }))
 }
 
 /// Lets a migration that is ending end, and calls off one whose coordinator never came back: there is one

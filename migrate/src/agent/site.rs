@@ -171,6 +171,11 @@ impl Site {
             .ok_or_else(|| SiteError::Unknown(name.to_owned(), self.config.site.clone()))
     }
 
+    /// CRIU's cache of the kernel's features; on the tmpfs of the images, since it holds for one boot.
+    pub fn kernel_cache(&self) -> PathBuf {
+        self.images.join("criu.kdat")
+    }
+
     /// Its silence.
     pub fn silence(&self, workload: &Workload) -> Silence {
         let shared = self
@@ -196,7 +201,7 @@ impl Site {
         let workload = self.workload(name)?;
         self.check_absent(name)?;
         self.check_address(workload)?;
-        let holder = Holder::start(Some(FIRST_WORKLOAD_PID)).await?;
+        let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args(["enter", "--holder", &holder.pid().to_string(), "workload"]);
         command.arg("--dir").arg(&workload.dir);
@@ -243,7 +248,7 @@ impl Site {
     /// on there, so nothing may be said on them from here.
     pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
         if let Place::Running(holder) = self.place(name) {
-            repair::disconnect(&processes::descendants(holder.pid));
+            repair::disconnect(holder.pid).await;
         }
         self.stop(name).await
     }

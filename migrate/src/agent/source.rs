@@ -12,11 +12,12 @@ use super::site::{Place, Site, SiteError};
 use crate::client::{AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
-use crate::net::drain;
+use crate::net::drain::Queues;
 use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{Prepare, Role, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
 use crate::workload::holder::HolderPid;
+use crate::workload::processes;
 
 /// Why a source could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +55,6 @@ struct Driver {
     silence: Silence,
     silence_timeout: Duration,
     armed: Option<Armed>,
-    armed_lift: Option<Armed>,
     /// The last thing that was done with the rules; the next waits for it.
     rules: Option<JoinHandle<()>>,
     settle: Duration,
@@ -63,6 +63,8 @@ struct Driver {
     /// From tasks of this driver.
     inner: mpsc::UnboundedSender<Event>,
     images: Vec<(String, u64)>,
+    /// Found before the hold, since a server may have thousands of sockets.
+    queues: Option<Queues>,
 }
 
 /// Gets the source ready: CRIU waits in its pre-dump hook, `nft` waits for its rules, the request to the
@@ -75,17 +77,19 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     let (session, asks) = Session::new(id, Role::Source, name, WorkloadState::Running);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));
+    site.add_session(&session);
     // From here on, every failure has to give the workload back.
     let ready = ready(site, &session, workload, target_url, (holder, root.inner_pid), prepare).await;
     match ready {
         Ok((driver, news)) => {
-            site.add_session(&session);
             driver.show(&State::Ready);
             tokio::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
             site.set_running(name, holder);
+            let state = "not prepared".to_owned();
+            session.show(View { state, workload: WorkloadState::Running, idle: false, ended: true });
             Err(error)
         }
     }
@@ -105,6 +109,7 @@ async fn ready(
     let folder = Folder::create(&site.images, &session.id)?;
     let mut swrk = Swrk::start(&site.criu, holder, folder.path())?;
     swrk.warm().await?;
+    holder.save_kernel_cache(&site.kernel_cache());
     start_dump(&mut swrk, pid).await?;
 
     let (inner, news) = mpsc::unbounded_channel();
@@ -120,7 +125,6 @@ async fn ready(
     let silence_timeout = patience + MARGIN;
     let driver = Driver {
         armed: Some(silence.arm(silence_timeout)?),
-        armed_lift: Some(silence.arm_lift()?),
         site: site.clone(),
         session: session.clone(),
         workload,
@@ -137,8 +141,13 @@ async fn ready(
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
         images: Vec::new(),
+        queues: Some(queues_of(holder)),
     };
     Ok((driver, news))
+}
+
+fn queues_of(holder: HolderPid) -> Queues {
+    Queues::of(&processes::descendants(holder.pid))
 }
 
 /// Begins a dump and waits until CRIU is in its pre-dump hook.
@@ -233,10 +242,13 @@ impl Driver {
             Command::Yes => self.answer(true).await,
             Command::No => self.answer(false).await,
             Command::Drain => {
-                let (address, protocol) = (self.workload.address, self.workload.protocol);
-                let (settle, inner) = (self.settle, self.inner.clone());
-                tokio::spawn(async move {
-                    let drained = drain::drain(address, protocol, settle).await;
+                let (settle, inner, holder) = (self.settle, self.inner.clone(), self.holder);
+                let queues = self.queues.take();
+                tokio::task::spawn_blocking(move || {
+                    let queues = queues.unwrap_or_else(|| queues_of(holder));
+                    let drained = queues.drain(settle);
+                    // Before CRIU goes on: nobody else may hold these sockets then.
+                    drop(queues);
                     let _ = inner.send(match drained {
                         Ok(()) => Event::Drained,
                         Err(error) => Event::DrainFailed(chain(&error)),
@@ -246,14 +258,15 @@ impl Driver {
             Command::DumpAgain => self.dump_again().await,
             Command::Silence => {
                 let armed = self.armed.take().map_or_else(|| self.silence.arm(self.silence_timeout), Ok);
-                self.change_rules(armed, |done| match done {
+                let fire = async { armed?.fire().await };
+                self.change_rules(fire, |done| match done {
                     Ok(()) => Event::Silenced,
                     Err(error) => Event::SilenceFailed(chain(&error)),
                 });
             }
             Command::Lift => {
-                let armed = self.armed_lift.take().map_or_else(|| self.silence.arm_lift(), Ok);
-                self.change_rules(armed, |done| {
+                let silence = self.silence.clone();
+                self.change_rules(async move { silence.lift().await }, |done| {
                     if let Err(error) = done {
                         // They end by themselves soon.
                         tracing::error!(error = chain(&error), "the silence rules could not be removed");
@@ -309,7 +322,7 @@ impl Driver {
     /// Changes the rules in the background, after what was begun before.
     fn change_rules(
         &mut self,
-        armed: Result<Armed, SilenceError>,
+        change: impl Future<Output = Result<(), SilenceError>> + Send + 'static,
         event: impl FnOnce(Result<(), SilenceError>) -> Event + Send + 'static,
     ) {
         let (before, inner) = (self.rules.take(), self.inner.clone());
@@ -318,11 +331,7 @@ impl Driver {
                 // It reports by itself how it went.
                 let _ = before.await;
             }
-            let done = match armed {
-                Ok(armed) => armed.fire().await,
-                Err(error) => Err(error),
-            };
-            let _ = inner.send(event(done));
+            let _ = inner.send(event(change.await));
         }));
     }
 

@@ -15,7 +15,6 @@ use crate::net::silence::SilenceError;
 use crate::protocol::{Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
 use crate::workload::holder::{Holder, HolderError, HolderPid};
-use crate::workload::processes;
 
 /// Why a target could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -60,15 +59,17 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));
+    site.add_session(&session);
     match ready(site, &session, prepare).await {
         Ok((driver, news)) => {
-            site.add_session(&session);
             driver.show(&State::START);
             tokio::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
             site.set(name, Place::Absent);
+            let state = "not prepared".to_owned();
+            session.show(View { state, workload: WorkloadState::Absent, idle: false, ended: true });
             Err(error)
         }
     }
@@ -82,9 +83,10 @@ async fn ready(
     // Silence of a former migration would make the restored server deaf.
     site.silence(site.workload(&prepare.workload)?).sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let holder = Holder::start(None).await?;
+    let holder = Holder::start(None, &site.kernel_cache()).await?;
     let mut swrk = Swrk::start(&site.criu, holder.pid(), folder.path())?;
     swrk.warm().await?;
+    holder.pid().save_kernel_cache(&site.kernel_cache());
     let (inner, news) = mpsc::unbounded_channel();
     let driver = Driver {
         site: site.clone(),
@@ -210,10 +212,8 @@ impl Driver {
             }
             Command::Yes => self.answer().await,
             Command::Drop => {
-                // Stopped, but with its connections out of repair mode: killed like this it would say so to
-                // every client.
-                let sockets = repair::disconnect(&processes::descendants(self.holder_pid.pid));
-                tracing::debug!(sockets, "taken off the wire");
+                // With its connections out of repair mode: killed like this it would say so to every client.
+                repair::disconnect(self.holder_pid.pid).await;
                 if !self.holder_pid.kill().await {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }

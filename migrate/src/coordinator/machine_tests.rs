@@ -1,1 +1,343 @@
+//! Every (state, event) pair as a table, whole migrations step by step, and random histories.
 
+use proptest::prelude::*;
+
+use super::*;
+use crate::coordinator::machine::*;
+
+const HOLD: Duration = Duration::from_secs(5);
+const GENERATION: u32 = 7;
+
+fn text() -> String {
+    "x".to_owned()
+}
+
+fn every_event() -> Vec<Event> {
+    vec![
+        Event::TargetPrepared,
+        Event::SourcePrepared,
+        Event::Held { generation: GENERATION },
+        Event::Drained,
+        Event::Frozen,
+        Event::Dumped,
+        Event::Received,
+        Event::Restored,
+        Event::Flipped,
+        Event::CutoverRefused(text()),
+        Event::Running,
+        Event::Released,
+        Event::SourceResumed,
+        Event::TargetDropped,
+        Event::GateResumed,
+        Event::ResumeRefused(text()),
+        Event::SourceFailed(text()),
+        Event::TargetFailed(text()),
+        Event::Abort,
+        Event::Tick,
+    ]
+}
+
+fn after(events: &[Event]) -> Machine {
+    let (mut machine, _) = Machine::start(HOLD);
+    for (step, event) in events.iter().enumerate() {
+        machine.on(event.clone(), ms(step as u64));
+    }
+    machine
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// The way forward, up to each step.
+fn forward() -> Vec<Event> {
+    vec![
+        Event::TargetPrepared,
+        Event::SourcePrepared,
+        Event::Held { generation: GENERATION },
+        Event::Drained,
+        Event::Frozen,
+        Event::Dumped,
+        Event::Received,
+        Event::Restored,
+        Event::Flipped,
+        Event::Running,
+        Event::Released,
+    ]
+}
+
+/// One machine in each state, with its name.
+fn every_state() -> Vec<(&'static str, Machine)> {
+    let way = forward();
+    let back = |events: &[Event]| [&way[..3], events].concat();
+    vec![
+        ("preparing target", after(&way[..0])),
+        ("preparing source", after(&way[..1])),
+        ("holding", after(&way[..2])),
+        ("moving", after(&way[..3])),
+        ("restoring", after(&way[..7])),
+        ("flipping", after(&way[..8])),
+        ("confirming", after(&way[..9])),
+        ("releasing", after(&way[..10])),
+        ("rolling back", after(&back(&[Event::Abort]))),
+        ("rolling back, source runs", after(&back(&[Event::Abort, Event::SourceResumed]))),
+        ("committed", after(&way)),
+        ("in doubt", after(&back(&[Event::Abort, Event::SourceResumed, Event::ResumeRefused(text())]))),
+    ]
+}
+
+/// The direction in which a state lies; nothing may go from a later one to an earlier one.
+fn direction(machine: &Machine) -> &'static str {
+    match machine.state() {
+        State::Before(_) => "before",
+        State::After(_) => "after",
+        State::RollingBack(_) => "back",
+        State::Finished { .. } => "finished",
+    }
+}
+
+#[test]
+fn every_pair() {
+    let failures = [
+        Event::CutoverRefused(text()),
+        Event::SourceFailed(text()),
+        Event::TargetFailed(text()),
+        Event::Abort,
+        Event::SourceResumed,
+        Event::TargetDropped,
+        Event::Released,
+    ];
+    for (name, machine) in every_state() {
+        for event in every_event() {
+            let mut next = machine.clone();
+            let commands = next.on(event.clone(), ms(20));
+            let pair = format!("{name} + {event:?} -> {:?} {commands:?}", next.state());
+            let (from, to) = (direction(&machine), direction(&next));
+            match from {
+                "before" if failures.contains(&event) => {
+                    assert!(to == "back" || to == "finished", "{pair}");
+                    assert!(commands.contains(&Command::DropTarget), "{pair}");
+                    let touched = name != "preparing target";
+                    assert_eq!(commands.contains(&Command::ResumeSource), touched, "{pair}");
+                }
+                "before" => {
+                    assert!(to == "before" || (name, &event) == ("flipping", &Event::Flipped), "{pair}")
+                }
+                "after" => {
+                    assert!(to == "after" || to == "finished", "{pair}");
+                    let only_forward = |c: &Command| matches!(c, Command::Go | Command::Release);
+                    assert!(commands.iter().all(only_forward), "{pair}");
+                }
+                "back" => {
+                    assert!(to == "back" || to == "finished", "{pair}");
+                    let only_back =
+                        |c: &Command| matches!(c, Command::ResumeSource | Command::ResumeGate { .. });
+                    assert!(commands.iter().all(only_back), "{pair}");
+                }
+                _ => assert!(to == "finished" && commands.is_empty(), "{pair}"),
+            }
+            if to == "finished" {
+                assert_eq!(next.wake_at(), None, "{pair}");
+                assert!(!next.last_phase_is_open(), "{pair}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_way_forward() {
+    let (mut machine, commands) = Machine::start(HOLD);
+    assert_eq!(commands, [Command::PrepareTarget]);
+    let expected: [&[Command]; 11] = [
+        &[Command::PrepareSource],
+        &[Command::Hold],
+        &[Command::Freeze],
+        &[],
+        &[],
+        &[],
+        &[],
+        &[Command::Flip { generation: GENERATION }],
+        &[Command::Go],
+        &[Command::Release],
+        &[],
+    ];
+    for (step, (event, expected)) in forward().into_iter().zip(expected).enumerate() {
+        assert_eq!(machine.on(event, ms(10 * (step as u64 + 1))), expected);
+    }
+    assert_eq!(*machine.state(), State::Finished { outcome: Outcome::Committed, reason: None });
+    let names: Vec<_> = machine.phases().iter().map(|phase| phase.name).collect();
+    assert_eq!(names, PHASES);
+    assert!(machine.phases().iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
+    assert_eq!(machine.phases()[0].start_ms, 0.0);
+    assert_eq!(machine.phases()[8].end_ms, 110.0);
+}
+
+#[test]
+fn reports_that_overtake_each_other_change_no_decision() {
+    let mut machine = after(&forward()[..3]);
+    // The target's connection was faster than the source's.
+    machine.on(Event::Received, ms(30));
+    assert_eq!(machine.on(Event::Dumped, ms(31)), []);
+    let flip = Command::Flip { generation: GENERATION };
+    assert_eq!(machine.on(Event::Restored, ms(40)), [flip]);
+    machine.on(Event::Flipped, ms(41));
+    assert_eq!(machine.on(Event::Drained, ms(42)), []);
+    machine.on(Event::Running, ms(43));
+    machine.on(Event::Released, ms(44));
+    let names: Vec<_> = machine.phases().iter().map(|phase| phase.name).collect();
+    assert_eq!(names, PHASES);
+    assert!(machine.phases().iter().all(|phase| phase.start_ms <= phase.end_ms));
+}
+
+#[test]
+fn the_gate_opens_only_when_the_source_runs() {
+    let mut machine = after(&forward()[..7]);
+    let back = machine.on(Event::TargetFailed("no memory".to_owned()), ms(50));
+    assert_eq!(back, [Command::ResumeSource, Command::DropTarget]);
+    assert_eq!(machine.on(Event::TargetDropped, ms(51)), []);
+    let open = Command::ResumeGate { generation: GENERATION };
+    assert_eq!(machine.on(Event::SourceResumed, ms(52)), [open]);
+    assert_eq!(machine.on(Event::SourceResumed, ms(53)), []);
+    machine.on(Event::GateResumed, ms(53));
+    let State::Finished { outcome: Outcome::RolledBack, reason: Some(reason) } = machine.state() else {
+        panic!("{:?}", machine.state())
+    };
+    assert!(reason.contains("no memory"));
+    assert_eq!(machine.phases().last().map(|phase| phase.name), Some("rollback"));
+}
+
+#[test]
+fn a_source_that_does_not_answer_is_asked_again_and_then_taken_to_run() {
+    let mut machine = after(&forward()[..7]);
+    machine.on(Event::Abort, ms(100));
+    machine.on(Event::TargetDropped, ms(101));
+    let mut asked = 0;
+    let mut now = ms(101);
+    loop {
+        machine.on(Event::SourceFailed(text()), now);
+        now = machine.wake_at().unwrap();
+        match machine.on(Event::Tick, now)[..] {
+            [Command::ResumeSource] => asked += 1,
+            [Command::ResumeGate { generation: GENERATION }] => break,
+            ref other => panic!("{other:?}"),
+        }
+    }
+    assert!(asked > 10);
+    assert!(now >= ms(100) + HOLD + MARGIN, "the source falls back after its own patience, not before");
+    machine.on(Event::GateResumed, now);
+    assert!(matches!(machine.state(), State::Finished { outcome: Outcome::RolledBack, .. }));
+}
+
+#[test]
+fn a_deadline_that_passes_rolls_back_even_if_the_restore_is_just_done() {
+    for event in [Event::Tick, Event::Restored] {
+        let mut machine = after(&forward()[..7]);
+        let deadline = machine.wake_at().unwrap();
+        assert_eq!(machine.on(Event::Tick, deadline - ms(1)), []);
+        let back = machine.on(event, deadline);
+        assert_eq!(back, [Command::ResumeSource, Command::DropTarget]);
+    }
+}
+
+#[test]
+fn go_is_said_until_it_is_answered_or_an_operator_is_asked() {
+    let mut machine = after(&forward()[..9]);
+    machine.on(Event::TargetFailed("connection reset".to_owned()), ms(60));
+    let retry = machine.wake_at().unwrap();
+    assert_eq!(machine.on(Event::Tick, retry), [Command::Go]);
+    // Nothing is left to do but to wait for the answer.
+    assert!(machine.on(Event::Tick, retry).is_empty());
+    let give_up = machine.wake_at().unwrap();
+    assert!(machine.on(Event::Tick, give_up).is_empty());
+    let State::Finished { outcome: Outcome::InDoubt, reason: Some(reason) } = machine.state() else {
+        panic!("{:?}", machine.state())
+    };
+    assert!(reason.contains("connection reset"), "{reason}");
+}
+
+#[test]
+fn a_source_that_cannot_be_released_is_no_reason_to_doubt_the_target() {
+    let mut machine = after(&forward()[..10]);
+    machine.on(Event::SourceFailed("gone".to_owned()), ms(60));
+    while let Some(now) = machine.wake_at() {
+        if machine.on(Event::Tick, now) == [Command::Release] {
+            machine.on(Event::SourceFailed("gone".to_owned()), now);
+        }
+    }
+    let State::Finished { outcome: Outcome::Committed, reason: Some(reason) } = machine.state() else {
+        panic!("{:?}", machine.state())
+    };
+    assert!(reason.contains("gone"));
+}
+
+#[test]
+fn recovery_takes_the_direction_that_the_gate_says() {
+    let (mut back, commands) = Machine::recover_back(GENERATION, HOLD);
+    assert_eq!(commands, [Command::ResumeSource, Command::DropTarget]);
+    assert_eq!(back.on(Event::SourceResumed, ms(1)), [Command::ResumeGate { generation: GENERATION }]);
+    let (mut ahead, commands) = Machine::recover_forward(HOLD);
+    assert_eq!(commands, [Command::Go]);
+    assert_eq!(ahead.on(Event::Running, ms(1)), [Command::Release]);
+    ahead.on(Event::Released, ms(2));
+    assert_eq!(*ahead.state(), State::Finished { outcome: Outcome::Committed, reason: None });
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop::sample::select(every_event())
+}
+
+proptest! {
+    /// Whatever comes in whatever order: one hold, one flip, `go` only after the flip, `release` only after
+    /// `Running`, no way back after the flip, the gate opened only while it is closed, and an end.
+    #[test]
+    fn any_history_is_safe_and_ends(history in prop::collection::vec((any_event(), 0u64..3000), 0..60)) {
+        let (mut machine, mut commands) = Machine::start(HOLD);
+        let (mut now, mut history) = (Duration::ZERO, history.into_iter());
+        let (mut held, mut flipped, mut running, mut resumed, mut opened) = (0, false, false, false, 0);
+        for _ in 0..5000 {
+            for command in &commands {
+                match command {
+                    Command::Hold => held += 1,
+                    Command::Flip { generation } => {
+                        prop_assert_eq!((*generation, held), (GENERATION, 1));
+                        prop_assert!(!flipped);
+                    }
+                    Command::Go => prop_assert!(flipped),
+                    Command::Release => prop_assert!(flipped && running),
+                    Command::ResumeSource | Command::DropTarget => prop_assert!(!flipped),
+                    Command::ResumeGate { .. } => {
+                        prop_assert!(!flipped && held == 1);
+                        prop_assert!(resumed || now >= HOLD + MARGIN);
+                        opened += 1;
+                    }
+                    Command::PrepareTarget | Command::PrepareSource | Command::Freeze => {
+                        prop_assert!(!flipped);
+                    }
+                }
+            }
+            prop_assert!(opened <= 1);
+            let event = match history.next() {
+                Some((event, pause)) => {
+                    now += ms(pause);
+                    event
+                }
+                None => {
+                    let Some(wake) = machine.wake_at() else { break };
+                    now = now.max(wake);
+                    Event::Tick
+                }
+            };
+            let before = direction(&machine);
+            let was_flipping = matches!(machine.state(), State::Before(Before::Flipping { .. }));
+            running |= before == "after" && event == Event::Running;
+            resumed |= event == Event::SourceResumed && before == "back";
+            flipped |= was_flipping && event == Event::Flipped;
+            commands = machine.on(event, now);
+        }
+        // Only the load balancer's own answers, which come at once, can be missing.
+        let waits_for_cutover = matches!(machine.state(), State::Before(Before::Holding | Before::Flipping { .. }))
+            || matches!(machine.state(), State::RollingBack(back) if back.source_runs && back.gate.is_some());
+        prop_assert!(direction(&machine) == "finished" || waits_for_cutover, "{:?}", machine.state());
+        prop_assert!(machine.phases().iter().all(|phase| phase.start_ms <= phase.end_ms));
+    }
+}

@@ -20,6 +20,7 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
+use super::netfilter;
 use crate::protocol::Protocol;
 
 /// Prefix of our tables.
@@ -38,6 +39,9 @@ pub enum SilenceError {
     /// It failed.
     #[error("`nft` refused the rules: {0}")]
     Refused(String),
+    /// The kernel refused to remove them.
+    #[error("the kernel refused to remove the silence rules")]
+    Netlink(#[source] io::Error),
     /// It hangs.
     #[error("`nft` did not answer within {NFT_LIMIT:?}")]
     Silent,
@@ -82,14 +86,20 @@ impl Silence {
         Armed::start(self.rules(timeout))
     }
 
-    /// Starts an `nft` that waits to remove them.
-    pub fn arm_lift(&self) -> Result<Armed, SilenceError> {
-        Armed::start(self.lift_rules())
-    }
-
     /// Removes them now; it is no error if there are none.
     pub async fn lift(&self) -> Result<(), SilenceError> {
-        self.arm_lift()?.fire().await
+        let (done, lifted) = tokio::sync::oneshot::channel();
+        let table = self.table.clone();
+        tokio::task::spawn_blocking(move || {
+            let (result, to_close) = match netfilter::delete_inet_table(&table) {
+                Ok(socket) => (Ok(()), Some(socket)),
+                Err(error) => (Err(SilenceError::Netlink(error)), None),
+            };
+            // Whoever asked may have gone.
+            let _ = done.send(result);
+            drop(to_close);
+        });
+        lifted.await.unwrap_or_else(|_| Err(SilenceError::Netlink(io::ErrorKind::Interrupted.into())))
     }
 
     fn rules(&self, timeout: Duration) -> String {
@@ -112,11 +122,10 @@ impl Silence {
         };
         // Rounded up: a silence that ends too early is worse than one that ends late.
         let seconds = timeout.as_secs() + 1;
-        // Ahead of connection tracking (-200) and of everything that other software puts at -300.
+        // Ahead of connection tracking (-200) and of everything that other software puts at -300. A table
+        // that was there before is not deleted here, since that waits for every processor: `sweep` was.
         format!(
-            "add table inet {table}\n\
-             delete table inet {table}\n\
-             table inet {table} {{\n\
+            "table inet {table} {{\n\
              set silent {{ type {kind}; flags timeout; elements = {{ {element} timeout {seconds}s }}; }}\n\
              chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n\
              chain out {{ type filter hook output priority -400; {from} @silent drop; }}\n\
@@ -124,27 +133,20 @@ impl Silence {
         )
     }
 
-    fn lift_rules(&self) -> String {
-        let table = &self.table;
-        // Adding first makes the deletion succeed whether or not the table is there.
-        format!("add table inet {table}\ndelete table inet {table}\n")
-    }
-
     /// Removes what a former agent or CRIU's own lock left for this backend.
     pub async fn sweep(&self) -> Result<(), SilenceError> {
-        let mut rules = self.lift_rules();
         for (family, table) in tables(&nft(&["list", "tables"]).await?) {
-            if !table.starts_with(CRIU_PREFIX) {
-                continue;
-            }
-            // Others may use CRIU here too: only what locks this very address is ours to remove.
-            let listing = nft(&["list", "table", &family, &table]).await.unwrap_or_default();
-            if mentions(&listing, self.address.ip()) {
-                // Writing to a string cannot fail.
-                let _ = writeln!(rules, "delete table {family} {table}");
+            if (family.as_str(), table.as_str()) == ("inet", self.table.as_str()) {
+                self.lift().await?;
+            } else if table.starts_with(CRIU_PREFIX) {
+                // Others may use CRIU here too: only what locks this very address is ours to remove.
+                let listing = nft(&["list", "table", &family, &table]).await.unwrap_or_default();
+                if mentions(&listing, self.address.ip()) {
+                    nft(&["delete", "table", &family, &table]).await?;
+                }
             }
         }
-        Armed::start(rules)?.fire().await
+        Ok(())
     }
 }
 

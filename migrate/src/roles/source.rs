@@ -235,13 +235,19 @@ impl State {
     }
 
     fn retrying(tries: u32, silent: bool, hooked: bool, event: Event) -> (Self, Vec<Command>) {
-        let silence = if silent { Silence::On } else { Silence::Off };
         let (silent, hooked) = match event {
             Event::HookPreDump => (silent, true),
             Event::Lifted => (false, hooked),
-            Event::CriuEnded { at_unix_us, failed, .. } => return Self::gone(at_unix_us, failed, silence),
-            Event::Abort => return Self::undo_lifting(None, silent),
-            Event::Expired => return Self::undo_lifting(Some(expired()), silent),
+            Event::CriuEnded { at_unix_us, failed, .. } => {
+                if !silent {
+                    return Self::gone(at_unix_us, failed, Silence::Off);
+                }
+                // The rules are on their way out already; the end only has to wait for them.
+                let report = Command::Report(AgentEvent::Failed { reason: ended_early(failed) });
+                return (Self::Resuming { runs_at: Some(at_unix_us), silent }, vec![report]);
+            }
+            Event::Abort => return Self::undo_retry(None, silent, hooked),
+            Event::Expired => return Self::undo_retry(Some(expired()), silent, hooked),
             _ => (silent, hooked),
         };
         if hooked && !silent {
@@ -261,8 +267,8 @@ impl State {
             Event::SilenceFailed(reason) | Event::SendFailed(reason) if !release => {
                 Self::undo(Some(reason), silence)
             }
-            // The target runs: a copy that is heard twice would be worse than one that is not silent while
-            // it dies, and the load balancer drops what it still sends.
+            // The target runs, so this copy has to go: CRIU kills it with its connections in repair mode,
+            // which says nothing, and the load balancer drops what a former location sends.
             Event::SilenceFailed(_) => (Self::Releasing { killed: false }, vec![Command::Yes]),
             Event::CriuEnded { at_unix_us, failed, .. } => Self::gone(at_unix_us, failed, silence),
             Event::Abort if !release => Self::undo(None, silence),
@@ -273,6 +279,7 @@ impl State {
 
     fn resuming(runs_at: Option<i64>, silent: bool, event: Event) -> (Self, Vec<Command>) {
         let (runs_at, silent) = match event {
+            Event::HookPreDump => return (Self::Resuming { runs_at, silent }, vec![Command::No]),
             Event::CriuEnded { at_unix_us, .. } => (Some(at_unix_us), silent),
             Event::Lifted => (runs_at, false),
             _ => (runs_at, silent),
@@ -304,17 +311,21 @@ impl State {
         (Self::Resuming { runs_at: None, silent: silence != Silence::Off }, commands)
     }
 
-    /// Likewise, with the removal of the rules under way already.
-    fn undo_lifting(reason: Option<String>, silent: bool) -> (Self, Vec<Command>) {
-        let (_, commands) = Self::undo(reason, Silence::Off);
+    /// Likewise between two dumps: the rules are on their way out already, and the new CRIU may not have asked
+    /// its first question yet; it is answered then.
+    fn undo_retry(reason: Option<String>, silent: bool, hooked: bool) -> (Self, Vec<Command>) {
+        let mut commands = Vec::new();
+        if hooked {
+            commands.push(Command::No);
+        }
+        commands.extend(reason.map(|reason| Command::Report(AgentEvent::Failed { reason })));
         (Self::Resuming { runs_at: None, silent }, commands)
     }
 
     /// CRIU ended by itself, which leaves the tasks running.
     fn gone(at_unix_us: i64, failed: Option<String>, silence: Silence) -> (Self, Vec<Command>) {
-        let reason = failed.unwrap_or_else(|| "CRIU ended before its time".to_owned());
         let mut commands = lift(silence);
-        commands.push(Command::Report(AgentEvent::Failed { reason }));
+        commands.push(Command::Report(AgentEvent::Failed { reason: ended_early(failed) }));
         if silence == Silence::Off {
             commands.push(Command::Report(AgentEvent::Resumed(Running { at_unix_us })));
             commands.push(Command::End);
@@ -326,6 +337,10 @@ impl State {
 
 fn lift(silence: Silence) -> Vec<Command> {
     if silence == Silence::Off { Vec::new() } else { vec![Command::Lift] }
+}
+
+fn ended_early(failed: Option<String>) -> String {
+    failed.unwrap_or_else(|| "CRIU ended before its time".to_owned())
 }
 
 fn expired() -> String {

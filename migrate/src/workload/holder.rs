@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::process::Stdio;
 use std::str::FromStr;
 use std::time::Duration;
@@ -54,6 +55,17 @@ impl HolderPid {
             && Process::read(self.pid).is_some_and(|process| process.is_alive())
     }
 
+    /// Keeps what CRIU has found out about this kernel, for the holders that are made later.
+    pub fn save_kernel_cache(&self, path: &Path) {
+        let found = format!("/proc/{}/root{}", self.pid, super::init::KERNEL_CACHE);
+        if !path.exists()
+            && let Err(error) = std::fs::copy(found, path)
+        {
+            // It only costs each of them the time to find out for itself.
+            tracing::debug!(%error, "CRIU keeps no cache of the kernel's features");
+        }
+    }
+
     /// Kills it and with it everything inside; returns when it is gone.
     pub async fn kill(self) -> bool {
         if !self.is_alive() {
@@ -98,10 +110,11 @@ pub struct Holder {
 
 impl Holder {
     /// Makes one. For a workload that is started here, `first_pid` is where its pids begin; for one that is
-    /// restored the pids come with it.
-    pub async fn start(first_pid: Option<u32>) -> Result<Self, HolderError> {
+    /// restored the pids come with it. `kernel_cache` is where [`HolderPid::save_kernel_cache`] puts CRIU's.
+    pub async fn start(first_pid: Option<u32>, kernel_cache: &Path) -> Result<Self, HolderError> {
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.arg("holder").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.arg("--kernel-cache").arg(kernel_cache);
         if let Some(first_pid) = first_pid {
             command.args(["--first-pid", &first_pid.to_string()]);
         }

@@ -21,9 +21,11 @@ use super::holder::KEEP;
 use super::sys;
 
 const RUN: &str = "/run";
+/// CRIU's cache of the kernel's features.
+pub const KERNEL_CACHE: &str = "/run/criu.kdat";
 
 /// The subcommand `holder`: makes the namespaces, starts pid 1 in them and says its pid.
-pub fn hold(first_pid: Option<u32>) -> Result<()> {
+pub fn hold(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     // Whatever this agent was started with stays outside.
     sys::close_on_exec_from(3).context("close_range")?;
     unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS).context("unshare")?;
@@ -31,6 +33,9 @@ pub fn hold(first_pid: Option<u32>) -> Result<()> {
     command.arg("init");
     if let Some(first_pid) = first_pid {
         command.args(["--first-pid", &first_pid.to_string()]);
+    }
+    if let Some(kernel_cache) = kernel_cache {
+        command.arg("--kernel-cache").arg(kernel_cache);
     }
     // Its pid is said before it can say that it is ready: it waits for the lock on stdout's order by being
     // started with a pipe of our own.
@@ -47,7 +52,7 @@ pub fn hold(first_pid: Option<u32>) -> Result<()> {
 }
 
 /// The subcommand `init`: sets the namespaces up and is their pid 1.
-pub fn run(first_pid: Option<u32>) -> Result<()> {
+pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     anyhow::ensure!(std::process::id() == 1, "`init` is pid 1 of a workload's namespaces, or nothing");
     nix::unistd::setsid().context("setsid")?;
     // Nothing that is mounted here may be seen outside.
@@ -56,7 +61,7 @@ pub fn run(first_pid: Option<u32>) -> Result<()> {
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), quiet, None::<&str>).context("mount /proc")?;
     if statfs(RUN).context("statfs /run")?.filesystem_type() != TMPFS_MAGIC {
-        run_on_tmpfs().context("mount a tmpfs on /run")?;
+        run_on_tmpfs(kernel_cache).context("mount a tmpfs on /run")?;
     }
     if let Some(first_pid) = first_pid {
         std::fs::write("/proc/sys/kernel/ns_last_pid", first_pid.to_string()).context("ns_last_pid")?;
@@ -109,13 +114,20 @@ pub fn run(first_pid: Option<u32>) -> Result<()> {
 
 /// Puts a tmpfs on `/run` with everything that was there still in its place. CRIU keeps its cache of the
 /// kernel's features only on a tmpfs; without it each dump and restore would take a tenth of a second more.
-fn run_on_tmpfs() -> Result<()> {
+/// `kernel_cache` is that of another holder, so that CRIU need not look for itself.
+fn run_on_tmpfs(kernel_cache: Option<&Path>) -> Result<()> {
+    // It may be below /run, which is about to be hidden. The agent may have none yet.
+    let kernel_cache = kernel_cache.and_then(|path| std::fs::read(path).ok());
     let before = File::open(RUN)?;
     mount(Some("tmpfs"), RUN, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
     let before = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&before));
     for entry in std::fs::read_dir(&before)? {
         let entry = entry?;
         let place = Path::new(RUN).join(entry.file_name());
+        if place.to_string_lossy().starts_with(KERNEL_CACHE) {
+            // A CRIU outside that found no tmpfs leaves a part of one, which would be in the way.
+            continue;
+        }
         let kind = entry.file_type()?;
         if kind.is_symlink() {
             std::os::unix::fs::symlink(std::fs::read_link(entry.path())?, place)?;
@@ -129,6 +141,9 @@ fn run_on_tmpfs() -> Result<()> {
         let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
         mount(Some(&entry.path()), &place, None::<&str>, bind, None::<&str>)
             .with_context(|| format!("keep {}", place.display()))?;
+    }
+    if let Some(kernel_cache) = kernel_cache {
+        std::fs::write(KERNEL_CACHE, kernel_cache)?;
     }
     Ok(())
 }

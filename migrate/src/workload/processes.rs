@@ -58,6 +58,15 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     all
 }
 
+/// All processes of the pid namespace that this process is pid 1 of, whoever their parents are.
+pub fn in_namespace_of(pid: i32) -> Vec<i32> {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let (Some(wanted), Ok(all)) = (namespace(pid), std::fs::read_dir("/proc")) else { return Vec::new() };
+    all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|other| *other != pid && namespace(*other).as_ref() == Some(&wanted))
+        .collect()
+}
+
 /// Waits until a process has ended; false if it has not within `limit`.
 pub async fn wait_end(pid: i32, limit: Duration) -> bool {
     match sys::pidfd_open(pid) {

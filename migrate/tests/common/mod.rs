@@ -43,13 +43,12 @@ fn counter() -> PathBuf {
     static BUILD: std::sync::Once = std::sync::Once::new();
     let counter = Path::new(env!("CARGO_BIN_EXE_migrate")).with_file_name("examples").join("counter");
     BUILD.call_once(|| {
-        if !counter.exists() {
-            let mut args = vec!["build", "--quiet", "--package", "migrate", "--example", "counter"];
-            if !cfg!(debug_assertions) {
-                args.push("--release");
-            }
-            run(env!("CARGO"), &args);
+        // Also where it exists: it may be older than its source.
+        let mut args = vec!["build", "--quiet", "--package", "migrate", "--example", "counter"];
+        if !cfg!(debug_assertions) {
+            args.push("--release");
         }
+        run(env!("CARGO"), &args);
     });
     counter
 }
@@ -356,6 +355,10 @@ impl Gate {
         })
     }
 
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
     fn set(&self, route: Route) -> u32 {
         self.lab.route(route);
         self.generation.fetch_add(1, Ordering::SeqCst) + 1
@@ -395,6 +398,28 @@ impl Cutover for Gate {
         self.check(generation)?;
         let before = *self.before.lock().unwrap();
         Ok(self.set(Route::To(before)))
+    }
+}
+
+/// A gate whose owner is about to crash: it holds, and never flips.
+pub struct Stuck(pub Arc<Gate>);
+
+impl Cutover for Stuck {
+    fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError> {
+        self.0.hold(backend, hold)
+    }
+
+    fn stage(&self, backend: &str, to_site: &str) -> Result<(), CutoverError> {
+        self.0.stage(backend, to_site)
+    }
+
+    fn flip(&self, _: &str, _: u32, _: &str) -> Result<u32, CutoverError> {
+        std::thread::sleep(Duration::from_secs(1));
+        Err(CutoverError("crashed".to_owned()))
+    }
+
+    fn resume(&self, _: &str, _: u32) -> Result<u32, CutoverError> {
+        Err(CutoverError("crashed".to_owned()))
     }
 }
 
