@@ -47,6 +47,11 @@ pub const fn site6(site: Site) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 2, site as u16 + 1, 0, 0, 0, 0, 1)
 }
 
+/// A site's address on the link between the sites.
+pub const fn between4(site: Site) -> Ipv4Addr {
+    Ipv4Addr::new(10, 3, 0, site as u8 + 1)
+}
+
 /// The load balancer's address on its link to a site.
 pub const fn lb_at4(site: Site) -> Ipv4Addr {
     Ipv4Addr::new(10, 2, site as u8 + 1, 254)

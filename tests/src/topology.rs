@@ -72,6 +72,7 @@ fn lb_lines(client: &Namespace, site_a: &Namespace, site_b: &Namespace) -> Vec<S
         lines.push(format!("link add {device} type veth peer name eth0 netns {}", peer.name()));
         lines.push(format!("link set {device} up"));
     }
+    lines.push(format!("link add x0 netns {} type veth peer name x0 netns {}", site_a.name(), site_b.name()));
     lines.push(format!("addr add {}/24 dev c0", address::LB4));
     lines.push(format!("addr add {}/64 dev c0 nodad", address::LB6));
     lines.push(format!("addr add {}/32 dev c0", address::VIRTUAL4));
@@ -112,9 +113,13 @@ fn site_lines(site: Site) -> Vec<String> {
     for prefix in ["default", "fd00:9::/64"] {
         lines.push(format!("route add {prefix} via {via6} src {source6}"));
     }
-    // The other site holds the backend's address too, and would answer itself: agents speak from their own.
-    lines.push(format!("route add 10.2.0.0/16 via {via4} src {}", address::site4(site)));
-    lines.push(format!("route add fd00:2::/32 via {via6} src {}", address::site6(site)));
+    // Agents speak over the sites' own link and from their own address: the other site holds the backend's too, and
+    // would answer itself.
+    let other = site.other();
+    lines.push("link set x0 up".to_owned());
+    lines.push(format!("addr add {}/24 dev x0", address::between4(site)));
+    let (to, via, from) = (address::site4(other), address::between4(other), address::site4(site));
+    lines.push(format!("route add {to} via {via} src {from}"));
     lines
 }
 

@@ -29,6 +29,9 @@ use crate::{Lab, Site, address, program, wait_for};
 const READY_LIMIT: Duration = Duration::from_secs(20);
 /// How long a daemon may take to end when asked to.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Mounts an empty file system over the folders that the first argument counts, then becomes the rest.
+const HIDE: &str =
+    r#"n=$1; shift; while [ "$n" -gt 0 ]; do mount -t tmpfs none "$1"; shift; n=$((n - 1)); done; exec "$@""#;
 /// Lines of each log that are shown when a test panics.
 const SHOWN_LINES: usize = 60;
 
@@ -41,6 +44,8 @@ pub struct StackOptions {
     pub hold: HoldOptions,
     /// Added to the environment of daemon and agents.
     pub environment: Vec<(String, String)>,
+    /// Folders that a site's agent, and so the servers there, find empty.
+    pub hidden: Vec<(Site, PathBuf)>,
 }
 
 /// Section `[hold]` of the daemon's configuration; what is `None` is left out.
@@ -68,14 +73,15 @@ pub struct Stack {
     agents: [Option<Process>; 2],
     environment: Vec<(String, String)>,
     workloads: Vec<Workload>,
+    hidden: Vec<(Site, PathBuf)>,
     lab: Lab,
 }
 
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
     pub fn start(lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, hold, environment } = options;
-        let mut stack = Stack { daemon: None, agents: [None, None], environment, workloads, lab };
+        let StackOptions { workloads, hold, environment, hidden } = options;
+        let mut stack = Stack { daemon: None, agents: [None, None], environment, workloads, hidden, lab };
         stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, &hold))?;
         for site in Site::ALL {
             let text = config::agent(&stack.lab, site, &stack.workloads);
@@ -236,7 +242,21 @@ impl Stack {
 
     fn spawn_agent(&mut self, site: Site) -> Result<(), LabError> {
         let name = agent_name(site);
-        let mut command = self.lab.site(site).command(program("migrate")?);
+        let agent = program("migrate")?;
+        let hidden: Vec<_> =
+            self.hidden.iter().filter(|(at, _)| *at == site).map(|(_, folder)| folder).collect();
+        let mut command = if hidden.is_empty() {
+            self.lab.site(site).command(agent)
+        } else {
+            // A mount namespace of its own; each step becomes the next, so that it stays one process.
+            let mut command = self.lab.site(site).command("unshare");
+            command
+                .args(["--mount", "sh", "-ec", HIDE, "sh"])
+                .arg(hidden.len().to_string())
+                .args(hidden)
+                .arg(agent);
+            command
+        };
         command.args([Path::new("agent"), Path::new("--config"), &self.config_path(&name)]);
         self.agents[site as usize] = Some(self.spawn(&name, command)?);
         Ok(())

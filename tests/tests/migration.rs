@@ -1,0 +1,338 @@
+//! Whole migrations through the whole stack: real redis servers, CRIU, agents, daemon and XDP under live clients.
+//!
+//! After each test the clients must have had every answer once and in order over the connection that they began
+//! with, and the server must have counted what they sent.
+
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bench::driver::{self, Load, Running, Source};
+use bench::report::Verification;
+use bench::scenario::{Scenario, redis};
+use bench::verify::redis_counts;
+use lab::stack::{Stack, StackOptions, Workload};
+use lab::{Lab, Site, wait_for};
+use serde_json::{Value, json};
+
+const CLIENTS: u32 = 20;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A stack with one redis server and clients that never stop asking it.
+struct Drill {
+    clients: Option<Running>,
+    workload: Workload,
+    stack: Stack,
+}
+
+impl Drill {
+    fn new(workload: Workload) -> Self {
+        Self::with(StackOptions { workloads: vec![workload], ..StackOptions::default() })
+    }
+
+    fn with(options: StackOptions) -> Self {
+        Self::within(Lab::new().unwrap(), options)
+    }
+
+    fn within(lab: Lab, options: StackOptions) -> Self {
+        let workload = options.workloads[0].clone();
+        let stack = Stack::start(lab, options).unwrap();
+        let load = Load {
+            target: workload.service,
+            source: Source::Any,
+            clients: CLIENTS,
+            rate_per_s: 400.0,
+            connect_timeout: LIMIT,
+            drain: LIMIT,
+        };
+        let clients = stack
+            .lab()
+            .client()
+            .run(|| driver::connect(load, Scenario::Redis.protocol()).unwrap().start().unwrap());
+        let drill = Self { clients: Some(clients), workload, stack };
+        drill.goes_on();
+        drill
+    }
+
+    /// Lets the clients ask for a while.
+    fn goes_on(&self) {
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!self.clients.as_ref().unwrap().has_failed());
+    }
+
+    fn name(&self) -> &str {
+        &self.workload.name
+    }
+
+    fn migrate(&self, to: Site, more: Value) -> Value {
+        let id = self.stack.start_migration(self.name(), to, &more).unwrap();
+        self.stack.finished_migration(&id, LIMIT).unwrap()
+    }
+
+    fn commits(&self, to: Site) {
+        let migration = self.migrate(to, Value::Null);
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        assert_eq!(self.backend()["location"], to.name());
+        self.is_open();
+    }
+
+    /// The migration ended where it began, for the reason given.
+    fn rolled_back(&self, migration: &Value, why: &str) {
+        assert_eq!(migration["state"], "rolled_back", "{migration:#}");
+        let reason = migration["report"]["reason"].as_str().unwrap();
+        assert!(reason.to_lowercase().contains(why), "{reason:?} does not say {why:?}");
+        assert_eq!(self.backend()["location"], self.workload.site.name());
+        self.is_open();
+        self.goes_on();
+    }
+
+    fn backend(&self) -> Value {
+        let (status, backends) = self.stack.admin("GET", "/v1/backends", None).unwrap();
+        assert_eq!(status, 200);
+        let mut backends = backends.as_array().unwrap().iter();
+        backends.find(|backend| backend["name"] == self.name()).unwrap().clone()
+    }
+
+    fn is_open(&self) {
+        let open = wait_for(LIMIT, || (self.backend()["gate"] == "forward").then_some(()));
+        assert!(open.is_some(), "{:#}", self.backend());
+    }
+
+    /// Waits until a phase of a migration has begun.
+    fn reaches(&self, id: &str, phase: &str) {
+        let path = format!("/v1/migrations/{id}");
+        wait_for(LIMIT, || {
+            let (_, migration) = self.stack.admin("GET", &path, None).unwrap();
+            let phases = migration["phases"].as_array()?.clone();
+            (phases.iter().any(|reached| reached["name"] == phase)).then_some(())
+        })
+        .expect("the phase is reached");
+    }
+
+    /// The clients stop: nothing lost, nothing twice, nothing out of order, no connection broken.
+    fn is_whole(mut self) {
+        self.goes_on();
+        let timeline = self.clients.take().unwrap().stop().unwrap();
+        let faults = &timeline.faults;
+        assert_eq!(
+            (faults.lost, faults.duplicated, faults.reordered, faults.resets),
+            (0, 0, 0, 0),
+            "{:?}",
+            timeline.errors
+        );
+        let target = self.workload.service;
+        let counts = self.stack.lab().client().run(|| redis_counts(target, &redis(), CLIENTS).unwrap());
+        assert_eq!(Verification::compare(&timeline, &counts), Verification::default());
+        assert!(timeline.answered() > 100);
+    }
+}
+
+#[test]
+fn a_server_moves_there_and_back_under_its_clients() {
+    for workload in [Workload::redis(1), Workload::redis6(1)] {
+        let drill = Drill::new(workload);
+        for to in [Site::B, Site::A, Site::B, Site::A] {
+            drill.commits(to);
+            drill.goes_on();
+        }
+        drill.is_whole();
+    }
+}
+
+#[test]
+fn policy_drop_loses_nothing_of_tcp() {
+    let drill = Drill::new(Workload::redis(1));
+    let migration = drill.migrate(Site::B, json!({"policy": "drop"}));
+    assert_eq!(migration["state"], "committed", "{migration:#}");
+    assert_eq!(migration["report"]["held_packets"], 0);
+    drill.is_whole();
+}
+
+#[test]
+fn a_restore_that_fails_ends_at_the_source() {
+    let lab = Lab::new().unwrap();
+    // The program itself is a file that a restore needs, and this copy of it is not there at the target.
+    let only_here = lab.dir().join("only-here");
+    std::fs::create_dir(&only_here).unwrap();
+    let mut workload = Workload::redis(1);
+    let program = only_here.join("redis-server");
+    std::fs::copy(redis_program(), &program).unwrap();
+    workload.command[0] = program.display().to_string();
+    let hidden = vec![(Site::B, only_here)];
+    let drill =
+        Drill::within(lab, StackOptions { workloads: vec![workload], hidden, ..StackOptions::default() });
+    for _ in 0..2 {
+        let migration = drill.migrate(Site::B, Value::Null);
+        drill.rolled_back(&migration, "only-here");
+    }
+    drill.is_whole();
+}
+
+fn redis_program() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap();
+    std::env::split_paths(&path).map(|folder| folder.join("redis-server")).find(|path| path.exists()).unwrap()
+}
+
+#[test]
+fn a_server_that_cannot_be_dumped_stays_where_it_is() {
+    let lab = Lab::new().unwrap();
+    let socket = lab.dir().join("redis.sock");
+    let mut workload = Workload::redis(1);
+    workload.command.extend(["--unixsocket".to_owned(), socket.display().to_string()]);
+    let drill = Drill::within(lab, StackOptions { workloads: vec![workload], ..StackOptions::default() });
+    // The other end of this connection is outside of what is dumped.
+    let outside = UnixStream::connect(&socket).unwrap();
+    let migration = drill.migrate(Site::B, Value::Null);
+    drill.rolled_back(&migration, "unix");
+    drop(outside);
+    std::thread::sleep(Duration::from_millis(100));
+    drill.commits(Site::B);
+    drill.is_whole();
+}
+
+/// A redis server with enough memory that its transfer takes a while.
+fn large() -> Workload {
+    let mut workload = Workload::redis(1);
+    workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
+    workload
+}
+
+fn fill(drill: &Drill) {
+    let (server, port) = (drill.workload.address.ip().to_string(), drill.workload.address.port().to_string());
+    let output = drill
+        .stack
+        .lab()
+        .site(Site::A)
+        .command("redis-cli")
+        .args(["-h", &server, "-p", &port, "DEBUG", "POPULATE", "200", "filler", "1000000"])
+        .output()
+        .unwrap();
+    assert!(output.status.success() && output.stdout.starts_with(b"OK"), "{output:?}");
+}
+
+#[test]
+fn a_target_agent_that_dies_ends_at_the_source_and_the_next_try_succeeds() {
+    let mut drill = Drill::new(large());
+    fill(&drill);
+    for phase in ["freeze", "transfer"] {
+        let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+        drill.reaches(&id, phase);
+        drill.stack.kill_agent(Site::B);
+        let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
+        drill.rolled_back(&migration, "target");
+        drill.stack.restart_agent(Site::B).unwrap();
+    }
+    drill.commits(Site::B);
+    drill.is_whole();
+}
+
+#[test]
+fn a_deadline_that_passes_ends_at_the_source() {
+    let drill = Drill::new(large());
+    fill(&drill);
+    let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
+    drill.rolled_back(&migration, "deadline");
+    drill.commits(Site::B);
+    drill.is_whole();
+}
+
+#[test]
+fn an_abort_ends_at_the_source() {
+    let drill = Drill::new(large());
+    fill(&drill);
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    drill.reaches(&id, "freeze");
+    let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
+    assert!((200..300).contains(&status), "{status}");
+    let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
+    drill.rolled_back(&migration, "abort");
+    drill.is_whole();
+}
+
+#[test]
+fn one_backend_migrates_once_at_a_time() {
+    let drill = Drill::new(large());
+    fill(&drill);
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    let body = json!({"backend": drill.name(), "to": Site::B.name()});
+    let (status, problem) = drill.stack.admin("POST", "/v1/migrations", Some(&body)).unwrap();
+    assert_eq!(status, 409, "{problem}");
+    drill.stack.finished_migration(&id, LIMIT).unwrap();
+    assert_eq!(drill.backend()["location"], Site::B.name());
+    drill.is_whole();
+}
+
+#[test]
+fn a_daemon_killed_while_forwarding_is_not_missed() {
+    let mut drill = Drill::new(Workload::redis(1));
+    drill.commits(Site::B);
+    let before = drill.backend();
+    drill.stack.kill_daemon();
+    drill.goes_on();
+    drill.stack.restart_daemon().unwrap();
+    let after = drill.backend();
+    for field in ["location", "gate", "generation", "address"] {
+        assert_eq!(after[field], before[field], "{field}");
+    }
+    drill.commits(Site::A);
+    let ended = drill.stack.stop_daemon().unwrap();
+    assert!(ended.success(), "SIGTERM is no failure: {ended}");
+    drill.goes_on();
+    drill.stack.restart_daemon().unwrap();
+    drill.is_whole();
+}
+
+#[test]
+fn a_daemon_killed_while_holding_goes_on_holding() {
+    let mut drill = Drill::new(Workload::redis(1));
+    let hold = format!("/v1/backends/{}/hold", drill.name());
+    let (status, held) = drill.stack.admin("POST", &hold, Some(&json!({"deadline_ms": 20_000}))).unwrap();
+    assert_eq!(status, 200, "{held}");
+    std::thread::sleep(Duration::from_millis(100));
+    drill.stack.kill_daemon();
+    drill.stack.restart_daemon().unwrap();
+    let backend = drill.backend();
+    assert_ne!(backend["gate"], "drop", "{backend:#}");
+    if backend["gate"] == "hold" {
+        let resume = format!("/v1/backends/{}/resume", drill.name());
+        let body = json!({"generation": backend["generation"]});
+        let (status, answer) = drill.stack.admin("POST", &resume, Some(&body)).unwrap();
+        assert_eq!(status, 200, "{answer}");
+    }
+    drill.is_open();
+    drill.is_whole();
+}
+
+#[test]
+fn a_daemon_killed_in_a_migration_is_recovered_from() {
+    let mut drill = Drill::new(large());
+    fill(&drill);
+    for phase in ["freeze", "transfer"] {
+        let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+        drill.reaches(&id, phase);
+        drill.stack.kill_daemon();
+        drill.stack.restart_daemon().unwrap();
+        drill.is_open();
+        drill.goes_on();
+    }
+    let away = if drill.backend()["location"] == Site::A.name() { Site::B } else { Site::A };
+    drill.commits(away);
+    drill.is_whole();
+}
+
+#[test]
+fn a_hold_whose_deadline_passes_drops_and_waits_for_its_operator() {
+    let drill = Drill::new(Workload::redis(1));
+    let hold = format!("/v1/backends/{}/hold", drill.name());
+    let (status, _) = drill.stack.admin("POST", &hold, Some(&json!({"deadline_ms": 50}))).unwrap();
+    assert_eq!(status, 200);
+    wait_for(LIMIT, || (drill.backend()["gate"] == "drop").then_some(())).expect("the deadline passes");
+    let generation = drill.backend()["generation"].clone();
+    let resume = format!("/v1/backends/{}/resume", drill.name());
+    let (status, _) = drill.stack.admin("POST", &resume, Some(&json!({"generation": generation}))).unwrap();
+    assert_eq!(status, 200);
+    drill.is_open();
+    drill.is_whole();
+}
