@@ -112,7 +112,7 @@ impl Drill {
     }
 
     /// The clients stop: nothing lost, nothing twice, nothing out of order, no connection broken.
-    fn is_whole(mut self) {
+    fn must_be_whole(mut self) {
         self.goes_on();
         let timeline = self.clients.take().unwrap().stop().unwrap();
         let faults = &timeline.faults;
@@ -137,7 +137,7 @@ fn a_server_moves_there_and_back_under_its_clients() {
             drill.commits(to);
             drill.goes_on();
         }
-        drill.is_whole();
+        drill.must_be_whole();
     }
 }
 
@@ -147,7 +147,7 @@ fn policy_drop_loses_nothing_of_tcp() {
     let migration = drill.migrate(Site::B, json!({"policy": "drop"}));
     assert_eq!(migration["state"], "committed", "{migration:#}");
     assert_eq!(migration["report"]["held_packets"], 0);
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn a_restore_that_fails_ends_at_the_source() {
         let migration = drill.migrate(Site::B, Value::Null);
         drill.rolled_back(&migration, "only-here");
     }
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 fn redis_program() -> PathBuf {
@@ -189,7 +189,7 @@ fn a_server_that_cannot_be_dumped_stays_where_it_is() {
     drop(outside);
     std::thread::sleep(Duration::from_millis(100));
     drill.commits(Site::B);
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 /// A redis server with enough memory that its transfer takes a while.
@@ -225,7 +225,7 @@ fn a_target_agent_that_dies_ends_at_the_source_and_the_next_try_succeeds() {
         drill.stack.restart_agent(Site::B).unwrap();
     }
     drill.commits(Site::B);
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_deadline_that_passes_ends_at_the_source() {
     let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
     drill.rolled_back(&migration, "deadline");
     drill.commits(Site::B);
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn an_abort_ends_at_the_source() {
     assert!((200..300).contains(&status), "{status}");
     let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
     drill.rolled_back(&migration, "abort");
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn one_backend_migrates_once_at_a_time() {
     assert_eq!(status, 409, "{problem}");
     drill.stack.finished_migration(&id, LIMIT).unwrap();
     assert_eq!(drill.backend()["location"], Site::B.name());
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn a_daemon_killed_while_forwarding_is_not_missed() {
     assert!(ended.success(), "SIGTERM is no failure: {ended}");
     drill.goes_on();
     drill.stack.restart_daemon().unwrap();
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn a_daemon_killed_while_holding_goes_on_holding() {
         assert_eq!(status, 200, "{answer}");
     }
     drill.is_open();
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -319,7 +319,7 @@ fn a_daemon_killed_in_a_migration_is_recovered_from() {
     }
     let away = if drill.backend()["location"] == Site::A.name() { Site::B } else { Site::A };
     drill.commits(away);
-    drill.is_whole();
+    drill.must_be_whole();
 }
 
 #[test]
@@ -334,5 +334,5 @@ fn a_hold_whose_deadline_passes_drops_and_waits_for_its_operator() {
     let (status, _) = drill.stack.admin("POST", &resume, Some(&json!({"generation": generation}))).unwrap();
     assert_eq!(status, 200);
     drill.is_open();
-    drill.is_whole();
+    drill.must_be_whole();
 }
