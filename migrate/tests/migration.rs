@@ -1,4 +1,5 @@
 //! Whole migrations with real processes, real CRIU and real agents between two network namespaces.
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
 mod common;
 
@@ -60,7 +61,7 @@ fn there_and_back() {
         assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
         assert_eq!(report.reason, None);
         let names: Vec<_> = report.phases.iter().map(|phase| phase.name).collect();
-        assert_eq!(names, migrate::coordinator::machine::PHASES);
+        assert_eq!(names, migrate::coordinator::phases::PHASES);
         assert!(report.phases.iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
         assert!(report.freeze_ms > 0.0 && report.image_bytes > 0 && report.sent_bytes > report.image_bytes);
         client.wait(20);
@@ -76,6 +77,27 @@ fn there_and_back() {
     for at in [At::A, At::B] {
         let images = lab.dir.join(format!("state-{}/images", at.name()));
         assert!(std::fs::read_dir(images).unwrap().all(|entry| entry.unwrap().path().is_file()));
+    }
+    client.finish().unwrap();
+}
+
+#[test]
+fn redis_keeps_its_data_and_its_client() {
+    if !possible() {
+        return;
+    }
+    if std::process::Command::new("redis-server").arg("--version").output().is_err() {
+        eprintln!("skipped: no redis-server; `cargo xtask setup` installs it");
+        return;
+    }
+    let words = "redis-server --bind 10.1.0.1 --port 7000 --save \"\" --protected-mode no";
+    let command = words.split(' ').map(|word| word.trim_matches('"').to_owned()).collect();
+    let lab = Arc::new(Lab::new(Options { command: Some(command), ..Options::default() }));
+    let client = Client::start_saying(&lab, "INCR counter\r\n", ":");
+    let mut from = At::A;
+    for round in 0..4 {
+        assert_moves(&lab, &client, &format!("redis-{round}"), from);
+        from = from.other();
     }
     client.finish().unwrap();
 }
@@ -147,7 +169,8 @@ fn a_target_agent_that_dies_rolls_back_and_the_next_try_succeeds() {
     let client = Client::start(&lab);
     for phase in ["prepare", "drain", "freeze", "transfer", "restore"] {
         let report = kill_in(&lab, &format!("kill-b-{phase}"), At::B, phase);
-        assert_rolled_back(&lab, &report, "the target failed");
+        // The source may notice it first, since it can no longer send.
+        assert_rolled_back(&lab, &report, "target");
         client.wait(20);
         lab.start_agent(At::B);
         assert!(lab.get(At::B, "/v1/workloads").contains("\"state\":\"absent\""));
@@ -234,73 +257,66 @@ fn agents_can_be_killed_while_nothing_moves() {
     client.finish().unwrap();
 }
 
-/// What nobody reads.
-fn crash_report() -> Report {
-    Report {
-        outcome: Outcome::InDoubt,
-        reason: None,
-        phases: Vec::new(),
-        freeze_ms: 0.0,
-        flip_us: 0.0,
-        frozen_at_unix_us: None,
-        running_at_unix_us: None,
-        image_bytes: 0,
-        sent_bytes: 0,
-    }
+/// Runs a migration whose coordinator crashes at the flip, then recovers it as a restarted one does.
+fn crash_and_recover(lab: &Arc<Lab>, id: &str, from: At, after_flip: bool) -> Report {
+    let spec = lab.spec(id, from, DEADLINE);
+    let gate = common::Gate::at(lab);
+    lab.coordinate(
+        |_| (),
+        move |_, progress| async move {
+            let cutover = Arc::new(common::Crashing { gate: gate.clone(), after_flip });
+            let (spec_then, ignored) = (spec.clone(), tokio::sync::mpsc::unbounded_channel().0);
+            let run = migrate::coordinator::run(spec_then, cutover, CancellationToken::new(), ignored);
+            assert!(tokio::spawn(run).await.is_err(), "the coordinator did not get to its flip");
+            let active = if after_flip { spec.target.site.clone() } else { spec.source.site.clone() };
+            let generation = gate.generation();
+            migrate::coordinator::recover(spec, &active, generation, gate, progress).await
+        },
+    )
 }
 
 #[test]
 fn a_coordinator_that_dies_is_recovered_from() {
     let Some(lab) = lab(Options::default()) else { return };
     let client = Client::start(&lab);
-    // Restored at the target, then silence: what a crash of the load balancer before the flip looks like.
-    let spec = lab.spec("crash", At::A, DEADLINE);
-    let dead = spec.clone();
-    let gate = common::Gate::at(&lab);
-    let (held, crashed) = (gate.clone(), lab.clone());
-    crashed.coordinate(
-        |_| (),
-        move |_, progress| async move {
-            let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
-            let run = migrate::coordinator::run(
-                dead,
-                Arc::new(common::Stuck(held)),
-                CancellationToken::new(),
-                sender,
-            );
-            let mut run = std::pin::pin!(run);
-            loop {
-                tokio::select! {
-                    report = &mut run => break report,
-                    Some(Progress::Phase { name: "transfer", .. }) = receiver.recv() => {
-                        drop(progress);
-                        break crash_report();
-                    }
-                }
-            }
-        },
-    );
-    let report = lab.coordinate(|_| (), {
-        let gate = gate.clone();
-        let spec = spec.clone();
-        move |_, progress| async move {
-            let generation = gate.generation();
-            migrate::coordinator::recover(spec, "a", generation, gate, progress).await
-        }
-    });
+    let report = crash_and_recover(&lab, "before", At::A, false);
     assert_rolled_back(&lab, &report, "restarted before the flip");
     client.wait(20);
-    assert_moves(&lab, &client, "after", At::A);
-
-    // After the flip: the target runs already, `go` and `release` are said again.
-    let report = lab.coordinate(|_| (), {
-        let (gate, spec) = (common::Gate::at(&lab), lab.spec("after", At::A, DEADLINE));
-        move |_, progress| async move {
-            let generation = gate.generation();
-            migrate::coordinator::recover(spec, "b", generation, gate, progress).await
-        }
-    });
+    let report = crash_and_recover(&lab, "after", At::A, true);
+    show("recovered", &report);
     assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
+    client.wait(20);
+    assert!(lab.get(At::A, "/v1/workloads").contains("\"state\":\"absent\""));
+    assert_moves(&lab, &client, "back", At::B);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_coordinator_that_never_comes_back_leaves_the_source_running() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let spec = lab.spec("silent", At::A, Duration::from_millis(200));
+    let gate = common::Gate::at(&lab);
+    let report = lab.coordinate(
+        |_| (),
+        move |lab, progress| async move {
+            let cutover = Arc::new(common::Crashing { gate: gate.clone(), after_flip: false });
+            let run =
+                migrate::coordinator::run(spec.clone(), cutover, CancellationToken::new(), progress.clone());
+            assert!(tokio::spawn(run).await.is_err());
+            // Nobody says anything: both agents fall back when the hold's deadline and a margin have passed.
+            let until = std::time::Instant::now() + Duration::from_secs(6);
+            let state = |at| lab.get(at, "/v1/workloads");
+            while !(state(At::A).contains("running") && state(At::B).contains("absent")) {
+                assert!(std::time::Instant::now() < until, "{}{}", state(At::A), state(At::B));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            lab.assert_unsilenced(At::A);
+            let generation = gate.generation();
+            migrate::coordinator::recover(spec, "a", generation, gate, progress).await
+        },
+    );
+    assert_rolled_back(&lab, &report, "restarted");
     client.wait(20);
     client.finish().unwrap();
 }

@@ -23,6 +23,8 @@ use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
 const CHUNK_BYTES: usize = 1 << 20;
 /// Chunks on the way between the reading thread and the connection.
 const CHUNKS_UNDER_WAY: usize = 8;
+/// Up to this much is read and sent without the way over another thread, which costs more than the reading.
+const AT_ONCE_BYTES: u64 = 4 << 20;
 
 /// Why images could not be kept, sent or received.
 #[derive(Debug, thiserror::Error)]
@@ -203,12 +205,29 @@ impl Upload {
 
     /// Sends the images and the end mark. Without the end mark the target takes nothing.
     pub async fn send(self, folder: PathBuf, images: Vec<(String, u64)>) -> Result<(), ImagesError> {
-        let sending = tokio::task::spawn_blocking(move || self.send_blocking(&folder, &images));
+        if self.fits_at_once(&images) {
+            return self.send_with(&folder, &images, |chunks, chunk| chunks.try_send(chunk).is_ok());
+        }
+        let sending = tokio::task::spawn_blocking(move || {
+            self.send_with(&folder, &images, |chunks, chunk| chunks.blocking_send(chunk).is_ok())
+        });
         sending.await.map_err(|error| ImagesError::Stream(error.to_string()))?
     }
 
-    fn send_blocking(self, folder: &Path, images: &[(String, u64)]) -> Result<(), ImagesError> {
+    /// True if all of it is a few chunks, for which the queue has room.
+    fn fits_at_once(&self, images: &[(String, u64)]) -> bool {
+        let bytes: u64 = images.iter().map(|(name, len)| len + name.len() as u64 + 16).sum();
+        bytes <= AT_ONCE_BYTES && self.chunks.capacity() > (AT_ONCE_BYTES as usize / CHUNK_BYTES) + 1
+    }
+
+    fn send_with(
+        self,
+        folder: &Path,
+        images: &[(String, u64)],
+        put: impl Fn(&mpsc::Sender<Bytes>, Bytes) -> bool,
+    ) -> Result<(), ImagesError> {
         let gone = || ImagesError::Upload("it ended the request".to_owned());
+        let send = |chunk| if put(&self.chunks, chunk) { Ok(()) } else { Err(gone()) };
         let mut encoder = Encoder::default();
         // Small images are gathered: fewer frames, fewer wake-ups.
         let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);
@@ -220,7 +239,7 @@ impl Upload {
             while left > 0 {
                 let room = CHUNK_BYTES.saturating_sub(buffer.len());
                 if room == 0 {
-                    self.chunks.blocking_send(buffer.split().freeze()).map_err(|_| gone())?;
+                    send(buffer.split().freeze())?;
                     buffer.reserve(CHUNK_BYTES);
                     continue;
                 }
@@ -232,7 +251,7 @@ impl Upload {
             }
         }
         buffer.extend_from_slice(&encoder.end());
-        self.chunks.blocking_send(buffer.freeze()).map_err(|_| gone())
+        send(buffer.freeze())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The site agent: runs a site's workloads and performs its part of migrations.
 //!
-//! * [`config`]: `agent.toml`.
+//! * [`config`] reads `agent.toml`.
 //! * [`server`]: the HTTP API.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::images::{Folder, Upload};
+use super::images::{Folder, ImagesError, Upload};
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::{AgentClient, ClientError, chain};
@@ -36,7 +37,7 @@ pub enum PrepareError {
     Criu(#[from] SwrkError),
     /// The images.
     #[error(transparent)]
-    Images(#[from] super::images::ImagesError),
+    Images(#[from] ImagesError),
     /// The target.
     #[error("the source cannot reach the target's agent")]
     Target(#[from] ClientError),
@@ -278,11 +279,17 @@ impl Driver {
                 let Some(upload) = self.upload.take() else { return };
                 let folder = self.folder.path().to_owned();
                 let (images, inner) = (std::mem::take(&mut self.images), self.inner.clone());
-                tokio::spawn(async move {
-                    if let Err(error) = upload.send(folder, images).await {
+                let mut sending = Box::pin(upload.send(folder, images));
+                let report = move |sent: Result<(), ImagesError>| {
+                    if let Err(error) = sent {
                         let _ = inner.send(Event::SendFailed(chain(&error)));
                     }
-                });
+                };
+                // Small images are on their way after the first poll, without waking another thread.
+                match (&mut sending).now_or_never() {
+                    Some(sent) => report(sent),
+                    None => drop(tokio::spawn(async move { report(sending.await) })),
+                }
             }
             Command::Report(event) => self.session.report(event),
             Command::End => self.end(state).await,

@@ -307,8 +307,7 @@ impl Driver {
     }
 
     fn tell_progress(&mut self) {
-        let phases = self.machine.phases();
-        let open = self.machine.last_phase_is_open();
+        let (phases, open) = (self.machine.phases().list(), self.machine.phases().last_is_open());
         // The last one told may have been open then.
         let from = if self.told_open { self.told - 1 } else { self.told };
         for (place, phase) in phases.iter().enumerate().skip(from) {
@@ -343,7 +342,7 @@ impl Driver {
         Report {
             outcome,
             reason,
-            phases: self.machine.phases().to_vec(),
+            phases: self.machine.phases().list().to_vec(),
             freeze_ms,
             flip_us: self.flip_us,
             frozen_at_unix_us: figures.frozen_at,

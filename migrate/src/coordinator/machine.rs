@@ -15,7 +15,8 @@
 
 use std::time::Duration;
 
-use super::{Outcome, PhaseTime};
+use super::Outcome;
+use super::phases::Phases;
 
 /// How long the preparation may take before the migration is given up. Nobody is held meanwhile.
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(30);
@@ -191,22 +192,16 @@ pub enum State {
 #[derive(Clone, Debug)]
 pub struct Machine {
     state: State,
-    phases: Vec<PhaseTime>,
-    /// Where a phase in `phases` is open, its end is not known yet.
-    open: bool,
+    phases: Phases,
     hold_deadline: Duration,
     prepare_until: Duration,
 }
-
-/// The phases of a migration that goes well, in order.
-pub const PHASES: [&str; 9] =
-    ["prepare", "hold", "drain", "freeze", "transfer", "restore", "flip", "confirm", "release"];
 
 impl Machine {
     /// A new migration at time zero, and what to do first.
     pub fn start(hold_deadline: Duration) -> (Self, Vec<Command>) {
         let mut machine = Self::new(State::Before(Before::PreparingTarget), hold_deadline);
-        machine.enter("prepare", Duration::ZERO);
+        machine.phases.enter("prepare", Duration::ZERO);
         (machine, vec![Command::PrepareTarget])
     }
 
@@ -226,7 +221,7 @@ impl Machine {
     }
 
     fn new(state: State, hold_deadline: Duration) -> Self {
-        Self { state, phases: Vec::new(), open: false, hold_deadline, prepare_until: PREPARE_LIMIT }
+        Self { state, phases: Phases::default(), hold_deadline, prepare_until: PREPARE_LIMIT }
     }
 
     /// Where it is.
@@ -234,14 +229,9 @@ impl Machine {
         &self.state
     }
 
-    /// The phases so far, in order; the last may still be under way (see [`Self::last_phase_is_open`]).
-    pub fn phases(&self) -> &[PhaseTime] {
+    /// The phases so far.
+    pub fn phases(&self) -> &Phases {
         &self.phases
-    }
-
-    /// True while the last phase has no end.
-    pub fn last_phase_is_open(&self) -> bool {
-        self.open
     }
 
     /// When [`Event::Tick`] is wanted at the latest.
@@ -300,25 +290,34 @@ impl Machine {
                 vec![Command::PrepareSource]
             }
             (Before::PreparingSource, Event::SourcePrepared) => {
-                self.enter("hold", now);
+                self.phases.enter("hold", now);
                 self.state = State::Before(Before::Holding);
                 vec![Command::Hold]
             }
             (Before::Holding, Event::Held { generation }) => {
-                self.enter("drain", now);
+                self.phases.enter("drain", now);
                 let deadline = now + self.hold_deadline;
                 self.state = State::Before(Before::Moving { generation, deadline });
                 vec![Command::Freeze]
             }
-            (Before::Moving { .. }, Event::Drained) => self.enter_later("freeze", now),
-            (Before::Moving { .. }, Event::Dumped) => self.enter_later("transfer", now),
-            (Before::Moving { .. }, Event::Received) => self.enter_later("restore", now),
+            (Before::Moving { .. }, Event::Drained) => {
+                self.phases.enter_later("freeze", now);
+                Vec::new()
+            }
+            (Before::Moving { .. }, Event::Dumped) => {
+                self.phases.enter_later("transfer", now);
+                Vec::new()
+            }
+            (Before::Moving { .. }, Event::Received) => {
+                self.phases.enter_later("restore", now);
+                Vec::new()
+            }
             (Before::Moving { deadline, .. }, Event::Restored) if now >= *deadline => {
                 self.roll_back(gate, self.deadline_passed(), now)
             }
             (Before::Moving { generation, .. }, Event::Restored) => {
                 let generation = *generation;
-                self.enter("flip", now);
+                self.phases.enter("flip", now);
                 self.state = State::Before(Before::Flipping { generation });
                 vec![Command::Flip { generation }]
             }
@@ -357,7 +356,7 @@ impl Machine {
     fn on_after(&mut self, after: After, event: Event, now: Duration) -> Vec<Command> {
         match (after, event) {
             (After::Confirming { .. }, Event::Running) => {
-                self.enter("release", now);
+                self.phases.enter("release", now);
                 self.state = State::After(After::Releasing {
                     give_up: now + FORWARD_LIMIT,
                     retry: None,
@@ -507,7 +506,7 @@ impl Machine {
 
     fn roll_back(&mut self, gate: Option<u32>, reason: String, now: Duration) -> Vec<Command> {
         let untouched = matches!(self.state, State::Before(Before::PreparingTarget));
-        self.enter("rollback", now);
+        self.phases.enter("rollback", now);
         self.state = State::RollingBack(RollingBack {
             reason,
             gate,
@@ -520,7 +519,7 @@ impl Machine {
     }
 
     fn go_forward(&mut self, now: Duration) -> Vec<Command> {
-        self.enter("confirm", now);
+        self.phases.enter("confirm", now);
         self.state =
             State::After(After::Confirming { give_up: now + FORWARD_LIMIT, retry: None, trouble: None });
         vec![Command::Go]
@@ -534,38 +533,7 @@ impl Machine {
     }
 
     fn finish(&mut self, outcome: Outcome, reason: Option<String>, now: Duration) {
-        self.close(now);
+        self.phases.close(now);
         self.state = State::Finished { outcome, reason };
-    }
-
-    /// Begins a phase unless reports overtook each other and a later one has begun already.
-    fn enter_later(&mut self, name: &'static str, now: Duration) -> Vec<Command> {
-        let place = |name: &str| PHASES.iter().position(|phase| *phase == name);
-        let last = self.phases.last().and_then(|phase| place(phase.name));
-        if place(name) > last {
-            self.enter(name, now);
-        }
-        Vec::new()
-    }
-
-    /// Ends the open phase and begins the next; phases whose report was overtaken get no length.
-    fn enter(&mut self, name: &'static str, now: Duration) {
-        self.close(now);
-        let place = |name: &str| PHASES.iter().position(|phase| *phase == name);
-        let last = self.phases.last().and_then(|phase| place(phase.name));
-        if let (Some(last), Some(next)) = (last, place(name)) {
-            for skipped in &PHASES[last + 1..next.max(last + 1)] {
-                self.phases.push(PhaseTime::new(skipped, now, now));
-            }
-        }
-        self.phases.push(PhaseTime::new(name, now, now));
-        self.open = true;
-    }
-
-    fn close(&mut self, now: Duration) {
-        if let (true, Some(last)) = (self.open, self.phases.last_mut()) {
-            last.end_ms = now.as_secs_f64() * 1e3;
-        }
-        self.open = false;
     }
 }

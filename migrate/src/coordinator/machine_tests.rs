@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::coordinator::machine::*;
+use crate::coordinator::phases::PHASES;
 
 const HOLD: Duration = Duration::from_secs(5);
 const GENERATION: u32 = 7;
@@ -138,7 +139,7 @@ fn every_pair() {
             }
             if to == "finished" {
                 assert_eq!(next.wake_at(), None, "{pair}");
-                assert!(!next.last_phase_is_open(), "{pair}");
+                assert!(!next.phases().last_is_open(), "{pair}");
             }
         }
     }
@@ -165,11 +166,11 @@ fn the_way_forward() {
         assert_eq!(machine.on(event, ms(10 * (step as u64 + 1))), expected);
     }
     assert_eq!(*machine.state(), State::Finished { outcome: Outcome::Committed, reason: None });
-    let names: Vec<_> = machine.phases().iter().map(|phase| phase.name).collect();
+    let names: Vec<_> = machine.phases().list().iter().map(|phase| phase.name).collect();
     assert_eq!(names, PHASES);
-    assert!(machine.phases().iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
-    assert_eq!(machine.phases()[0].start_ms, 0.0);
-    assert_eq!(machine.phases()[8].end_ms, 110.0);
+    assert!(machine.phases().list().iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
+    assert_eq!(machine.phases().list()[0].start_ms, 0.0);
+    assert_eq!(machine.phases().list()[8].end_ms, 110.0);
 }
 
 #[test]
@@ -184,9 +185,9 @@ fn reports_that_overtake_each_other_change_no_decision() {
     assert_eq!(machine.on(Event::Drained, ms(42)), []);
     machine.on(Event::Running, ms(43));
     machine.on(Event::Released, ms(44));
-    let names: Vec<_> = machine.phases().iter().map(|phase| phase.name).collect();
+    let names: Vec<_> = machine.phases().list().iter().map(|phase| phase.name).collect();
     assert_eq!(names, PHASES);
-    assert!(machine.phases().iter().all(|phase| phase.start_ms <= phase.end_ms));
+    assert!(machine.phases().list().iter().all(|phase| phase.start_ms <= phase.end_ms));
 }
 
 #[test]
@@ -203,7 +204,7 @@ fn the_gate_opens_only_when_the_source_runs() {
         panic!("{:?}", machine.state())
     };
     assert!(reason.contains("no memory"));
-    assert_eq!(machine.phases().last().map(|phase| phase.name), Some("rollback"));
+    assert_eq!(machine.phases().list().last().map(|phase| phase.name), Some("rollback"));
 }
 
 #[test]
@@ -338,6 +339,6 @@ proptest! {
         let waits_for_cutover = matches!(machine.state(), State::Before(Before::Holding | Before::Flipping { .. }))
             || matches!(machine.state(), State::RollingBack(back) if back.source_runs && back.gate.is_some());
         prop_assert!(direction(&machine) == "finished" || waits_for_cutover, "{:?}", machine.state());
-        prop_assert!(machine.phases().iter().all(|phase| phase.start_ms <= phase.end_ms));
+        prop_assert!(machine.phases().list().iter().all(|phase| phase.start_ms <= phase.end_ms));
     }
 }

@@ -5,6 +5,7 @@
 
 mod drive;
 pub mod machine;
+pub mod phases;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -101,7 +102,7 @@ pub enum Outcome {
 /// When a phase was, in milliseconds since the migration's start.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PhaseTime {
-    /// One of [`machine::PHASES`], or `rollback`.
+    /// One of [`phases::PHASES`], or `rollback`.
     pub name: &'static str,
     /// Its start.
     pub start_ms: f64,

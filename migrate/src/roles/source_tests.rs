@@ -46,7 +46,7 @@ fn every_state() -> Vec<State> {
     }
     for flag in [false, true] {
         for other in [false, true] {
-            if !(other && !flag) {
+            if flag || !other {
                 states.push(State::Retrying { tries: 2, silent: flag, hooked: other });
             }
         }

@@ -401,25 +401,30 @@ impl Cutover for Gate {
     }
 }
 
-/// A gate whose owner is about to crash: it holds, and never flips.
-pub struct Stuck(pub Arc<Gate>);
+/// A gate whose owner crashes at the flip: just before it, or just after.
+pub struct Crashing {
+    pub gate: Arc<Gate>,
+    pub after_flip: bool,
+}
 
-impl Cutover for Stuck {
+impl Cutover for Crashing {
     fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError> {
-        self.0.hold(backend, hold)
+        self.gate.hold(backend, hold)
     }
 
     fn stage(&self, backend: &str, to_site: &str) -> Result<(), CutoverError> {
-        self.0.stage(backend, to_site)
+        self.gate.stage(backend, to_site)
     }
 
-    fn flip(&self, _: &str, _: u32, _: &str) -> Result<u32, CutoverError> {
-        std::thread::sleep(Duration::from_secs(1));
-        Err(CutoverError("crashed".to_owned()))
+    fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, CutoverError> {
+        if self.after_flip {
+            self.gate.flip(backend, generation, to_site)?;
+        }
+        panic!("here the load balancer crashes, as the test wants it");
     }
 
-    fn resume(&self, _: &str, _: u32) -> Result<u32, CutoverError> {
-        Err(CutoverError("crashed".to_owned()))
+    fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError> {
+        self.gate.resume(backend, generation)
     }
 }
 
@@ -432,9 +437,16 @@ pub struct Client {
 
 impl Client {
     pub fn start(lab: &Arc<Lab>) -> Self {
+        Self::start_saying(lab, "x\n", "")
+    }
+
+    /// Says this each time, and expects its count after `prefix`.
+    pub fn start_saying(lab: &Arc<Lab>, line: &'static str, prefix: &'static str) -> Self {
         let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (lab, stopped, counted) = (lab.clone(), stop.clone(), count.clone());
-        let thread = std::thread::spawn(move || lab.inside("c", || talk(lab.address, &stopped, &counted)));
+        let thread = std::thread::spawn(move || {
+            lab.inside("c", || talk(lab.address, (line, prefix), &stopped, &counted))
+        });
         let client = Self { stop, count, thread: Some(thread) };
         client.wait(10);
         client
@@ -458,7 +470,12 @@ impl Client {
     }
 }
 
-fn talk(address: SocketAddr, stop: &AtomicBool, count: &AtomicU64) -> Result<Duration, String> {
+fn talk(
+    address: SocketAddr,
+    (line, prefix): (&str, &str),
+    stop: &AtomicBool,
+    count: &AtomicU64,
+) -> Result<Duration, String> {
     let fail = |what: &str, error: std::io::Error| format!("{what}: {error}");
     let mut stream = TcpStream::connect(address).map_err(|error| fail("connect", error))?;
     stream.set_nodelay(true).map_err(|error| fail("nodelay", error))?;
@@ -467,12 +484,12 @@ fn talk(address: SocketAddr, stop: &AtomicBool, count: &AtomicU64) -> Result<Dur
     let mut longest = Duration::ZERO;
     while !stop.load(Ordering::SeqCst) {
         let sent = Instant::now();
-        stream.write_all(b"x\n").map_err(|error| fail("send", error))?;
+        stream.write_all(line.as_bytes()).map_err(|error| fail("send", error))?;
         let mut answer = String::new();
         answers.read_line(&mut answer).map_err(|error| fail("receive", error))?;
         longest = longest.max(sent.elapsed());
         let expected = count.load(Ordering::SeqCst) + 1;
-        if answer.trim() != expected.to_string() {
+        if answer.trim() != format!("{prefix}{expected}") {
             return Err(format!("expected {expected}, got {answer:?}"));
         }
         count.store(expected, Ordering::SeqCst);
