@@ -26,7 +26,8 @@ enum Command {
     /// Run a site's agent: it starts the site's workloads, and moves them when the load balancer asks.
     ///
     /// The agent and its workloads live in the network namespace that it is started in. Workloads outlive the
-    /// agent; one that is started again adopts them. It needs root, CRIU (4.2 or newer) and nft.
+    /// agent; one that is started again adopts them. It needs root, CRIU (4.2 or newer) and nft. Its API asks
+    /// nobody who they are: let it listen where only the load balancer and the other agents reach it.
     ///
     ///     site = "ams"                       # the site's name in the load balancer
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents

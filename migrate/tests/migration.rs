@@ -136,6 +136,18 @@ fn a_file_that_is_missing_at_the_target_rolls_back() {
 }
 
 #[test]
+fn a_criu_that_is_not_there_is_said_before_anything_is_held() {
+    let criu = Some("/nonexistent/criu".to_owned());
+    let Some(lab) = lab(Options { criu, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    let report = lab.migrate(lab.spec("no-criu", At::A, DEADLINE), |_| ());
+    assert_rolled_back(&lab, &report, "start /nonexistent/criu");
+    assert!(report.reason.unwrap().contains("cargo xtask setup"));
+    assert!(report.phases.iter().all(|phase| phase.name != "hold"));
+    client.finish().unwrap();
+}
+
+#[test]
 fn a_server_that_cannot_be_dumped_goes_on() {
     if !possible() {
         return;

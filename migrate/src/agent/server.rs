@@ -308,6 +308,10 @@ async fn release(
     if let Some(session) = site.session(&id) {
         session.ask(Ask::Release);
         ended(&session).await?;
+        if session.view().workload == WorkloadState::Absent {
+            // Whatever runs here now has come back in a later migration.
+            return Ok(Json(()));
+        }
     }
     // It may have fallen back by itself before the word came, or its agent may have been restarted. The
     // target's copy is the one now.

@@ -141,8 +141,19 @@ impl Swrk {
         Ok(Self { socket, process, images: images.to_owned() })
     }
 
-    /// Makes CRIU look at the kernel's features now rather than in the freeze window, and checks its version.
+    /// Makes CRIU look at the kernel's features now rather than in the freeze window.
     pub async fn warm(&mut self) -> Result<(), SwrkError> {
+        match self.check_features().await {
+            // A program that is not there, or does not run, says so on stderr and closes the connection.
+            Err(error @ SwrkError::Connection(_)) => Err(SwrkError::Failed(format!(
+                "{}; is CRIU 4.2 or newer installed (`cargo xtask setup`), or named in the agent's `criu`?",
+                self.explain_error(&error)
+            ))),
+            other => other,
+        }
+    }
+
+    async fn check_features(&self) -> Result<(), SwrkError> {
         let features = Some(Features { mem_track: Some(false) });
         self.send(&Request {
             kind: Kind::FeatureCheck.into(),

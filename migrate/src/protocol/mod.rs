@@ -17,6 +17,9 @@
 //! `go`, `release` and `abort` may be repeated; the answer is the same. An agent that was restarted and does
 //! not know the migration answers them from what it sees of the workload. Errors are
 //! `application/problem+json` ([`Problem`]).
+//!
+//! Nobody is asked who they are: an agent's address has to be on a network that only load balancers and other
+//! agents reach.
 
 pub mod frames;
 

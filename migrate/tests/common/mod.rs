@@ -57,6 +57,19 @@ fn ip(args: &str) {
     run("ip", &args.split_whitespace().collect::<Vec<_>>());
 }
 
+fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> T {
+    let namespace = File::open(format!("/run/netns/{namespace}")).unwrap();
+    std::thread::scope(|scope| {
+        scope
+            .spawn(move || {
+                setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            })
+            .join()
+            .unwrap()
+    })
+}
+
 pub struct Lab {
     tag: String,
     pub dir: PathBuf,
@@ -73,6 +86,8 @@ pub struct Options {
     /// A folder that is empty at site b.
     pub hide_at_b: Option<PathBuf>,
     pub ipv6: bool,
+    /// The agents' CRIU, if not the default.
+    pub criu: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,16 +161,7 @@ impl Lab {
 
     /// Runs something on a fresh thread inside a namespace.
     pub fn inside<T: Send>(&self, name: &str, work: impl FnOnce() -> T + Send) -> T {
-        let ns = File::open(format!("/run/netns/{}", self.ns(name))).unwrap();
-        std::thread::scope(|scope| {
-            scope
-                .spawn(move || {
-                    setns(&ns, CloneFlags::CLONE_NEWNET).unwrap();
-                    work()
-                })
-                .join()
-                .unwrap()
-        })
+        inside(&self.ns(name), work)
     }
 
     fn route(&self, route: Route) {
@@ -187,11 +193,12 @@ impl Lab {
     pub fn start_agent(&self, at: At) {
         let config = self.dir.join(format!("agent-{}.toml", at.name()));
         let text = format!(
-            "site = {:?}\nlisten = \"10.2.{}.1:7401\"\nstate_dir = {:?}\n[[workloads]]\nname = {BACKEND:?}\n\
+            "site = {:?}\nlisten = \"10.2.{}.1:7401\"\nstate_dir = {:?}\n{}[[workloads]]\nname = {BACKEND:?}\n\
              address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n",
             at.name(),
             at as usize + 1,
             self.dir.join(format!("state-{}", at.name())),
+            self.options.criu.as_ref().map_or(String::new(), |criu| format!("criu = [{criu:?}]\n")),
             self.address,
             self.command(),
             self.dir,
@@ -317,7 +324,8 @@ impl Drop for Lab {
             // What lives in these namespaces was started by this lab.
             if let Ok(pids) = Command::new("ip").args(["netns", "pids", &self.ns(name)]).output() {
                 for pid in String::from_utf8_lossy(&pids.stdout).split_whitespace() {
-                    let _ = Command::new("kill").args(["-9", pid]).status();
+                    // One that was killed with another is gone already.
+                    let _ = Command::new("kill").args(["-9", pid]).stderr(Stdio::null()).status();
                 }
             }
             let _ = Command::new("ip").args(["netns", "del", &self.ns(name)]).status();
@@ -443,9 +451,11 @@ impl Client {
     /// Says this each time, and expects its count after `prefix`.
     pub fn start_saying(lab: &Arc<Lab>, line: &'static str, prefix: &'static str) -> Self {
         let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (lab, stopped, counted) = (lab.clone(), stop.clone(), count.clone());
+        let (namespace, address) = (lab.ns("c"), lab.address);
+        let (stopped, counted) = (stop.clone(), count.clone());
+        // It must not hold the lab, which a test that fails leaves to be removed while this still waits.
         let thread = std::thread::spawn(move || {
-            lab.inside("c", || talk(lab.address, (line, prefix), &stopped, &counted))
+            inside(&namespace, || talk(address, (line, prefix), &stopped, &counted))
         });
         let client = Self { stop, count, thread: Some(thread) };
         client.wait(10);
