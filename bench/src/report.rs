@@ -188,6 +188,8 @@ pub struct DrillReport {
     pub rate_per_s: f64,
     /// All messages of the run.
     pub latency_ms: Percentiles,
+    /// The strict sister of `added_stall_ms` (see [`crate::stall`]).
+    pub beside_freeze_ms: Percentiles,
     /// Over how many clients (times migrations) the stalls are: those that had a message in a freeze window.
     pub stalled_clients: u64,
     /// Replies that could not be read.
@@ -207,6 +209,7 @@ pub struct MigrationReport {
     pub to: String,
     pub stall_ms: Percentiles,
     pub added_stall_ms: Percentiles,
+    pub beside_freeze_ms: Percentiles,
     pub stalled_clients: u64,
     #[serde(flatten)]
     pub coordinated: Coordinated,
@@ -227,8 +230,9 @@ impl DrillReport {
             reports.push(MigrationReport {
                 from: migration.from.clone(),
                 to: migration.to.clone(),
-                stall_ms: stall_percentiles(&stalls),
-                added_stall_ms: added_percentiles(&stalls),
+                stall_ms: percentiles(&stalls, |stall| stall.stall_ms),
+                added_stall_ms: percentiles(&stalls, |stall| stall.added_ms),
+                beside_freeze_ms: percentiles(&stalls, |stall| stall.beside_freeze_ms),
                 stalled_clients: stalls.len() as u64,
                 coordinated: migration.coordinated.clone(),
             });
@@ -252,8 +256,8 @@ impl DrillReport {
             reordered: faults.reordered,
             resets: faults.resets,
             freeze_ms: largest(|report| report.freeze_ms),
-            stall_ms: stall_percentiles(&all_stalls),
-            added_stall_ms: added_percentiles(&all_stalls),
+            stall_ms: percentiles(&all_stalls, |stall| stall.stall_ms),
+            added_stall_ms: percentiles(&all_stalls, |stall| stall.added_ms),
             flip_us: largest(|report| report.flip_us),
             first_replay_us: largest(|report| report.first_replay_us.unwrap_or_default()),
             held_packets: sum(|report| report.held_packets),
@@ -265,6 +269,7 @@ impl DrillReport {
             phases: migrations.last().map(|last| last.coordinated.phases.clone()).unwrap_or_default(),
             rate_per_s: setting.rate_per_s,
             latency_ms: Percentiles::of(timeline.latencies_ms()),
+            beside_freeze_ms: percentiles(&all_stalls, |stall| stall.beside_freeze_ms),
             stalled_clients: all_stalls.len() as u64,
             unreadable: faults.unreadable,
             verification,
@@ -279,12 +284,8 @@ impl DrillReport {
     }
 }
 
-fn stall_percentiles(stalls: &[ClientStall]) -> Percentiles {
-    Percentiles::of(stalls.iter().map(|stall| stall.stall_ms).collect())
-}
-
-fn added_percentiles(stalls: &[ClientStall]) -> Percentiles {
-    Percentiles::of(stalls.iter().map(|stall| stall.added_ms).collect())
+fn percentiles(stalls: &[ClientStall], value: fn(&ClientStall) -> f64) -> Percentiles {
+    Percentiles::of(stalls.iter().map(value).collect())
 }
 
 #[cfg(test)]

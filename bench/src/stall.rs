@@ -1,7 +1,11 @@
 //! What a migration cost each client, from a timeline and the migration's times.
 //!
-//! The *stall* of a client is its longest message latency around the migration. Its *added stall* leaves out
-//! the freeze window: a message's latency minus that part of it during which no server ran anywhere.
+//! The *stall* of a client is its longest message latency around the migration, and its *added stall* how much
+//! longer that is than the freeze window: what a client that asks all the time waits beyond what the freeze
+//! explains. A client whose message came late in the freeze window waits for a part of it only, so that its
+//! added stall is zero whatever happened then. Therefore there is a stricter figure too, the time *besides the
+//! freeze*: a message's latency minus that part of it during which no server ran anywhere. It includes the time
+//! that the restored server takes to answer everything that has waited.
 
 use serde::Serialize;
 
@@ -31,25 +35,31 @@ pub struct ClientStall {
     pub client: u32,
     /// Its longest latency in milliseconds.
     pub stall_ms: f64,
-    /// Its longest latency without the freeze window, in milliseconds.
+    /// What that is more than the freeze window, in milliseconds.
     pub added_ms: f64,
+    /// The longest that a message of its waited outside of the freeze window, in milliseconds.
+    pub beside_freeze_ms: f64,
 }
 
 /// The stalls of all clients that had a message under way in the freeze window (where nothing was frozen:
 /// between hold and replay). The others did not notice.
 pub fn stalls(timeline: &Timeline, window: &Window) -> Vec<ClientStall> {
     let (from_ns, to_ns) = window.freeze.unwrap_or((window.hold_ns, window.replay_ns));
+    let freeze_ms =
+        window.freeze.map_or(0.0, |(frozen_ns, running_ns)| (running_ns - frozen_ns) as f64 / 1e6);
     let mut worst: Vec<Option<ClientStall>> = vec![None; timeline.clients as usize];
     for message in timeline.touching(from_ns, to_ns) {
         let client = message.client;
-        worst[client as usize] = Some(ClientStall { client, stall_ms: 0.0, added_ms: 0.0 });
+        worst[client as usize] =
+            Some(ClientStall { client, stall_ms: 0.0, added_ms: 0.0, beside_freeze_ms: 0.0 });
     }
     for message in timeline.touching(window.hold_ns - BEFORE_HOLD_NS, window.replay_ns + AFTER_REPLAY_NS) {
         if let Some(stall) = &mut worst[message.client as usize] {
             let latency_ns = (timeline.end_of(message) - message.due_ns) as i64;
-            let added_ns = latency_ns - frozen_ns(timeline, message, window.freeze);
+            let beside_ns = latency_ns - frozen_ns(timeline, message, window.freeze);
             stall.stall_ms = stall.stall_ms.max(latency_ns as f64 / 1e6);
-            stall.added_ms = stall.added_ms.max(added_ns as f64 / 1e6);
+            stall.added_ms = (stall.stall_ms - freeze_ms).max(0.0);
+            stall.beside_freeze_ms = stall.beside_freeze_ms.max(beside_ns as f64 / 1e6);
         }
     }
     worst.into_iter().flatten().collect()
@@ -98,23 +108,24 @@ mod tests {
         Window { hold_ns: 1000 * MS, freeze: Some((1005 * MS, 1020 * MS)), replay_ns: 1021 * MS }
     }
 
-    /// Stall and added stall of the only client after messages due and answered at these times.
-    fn stall_of(messages: &[(f64, Option<f64>)]) -> Option<(f64, f64)> {
+    /// Stall, added stall and time besides the freeze of the only client after messages due and answered at these
+    /// times.
+    fn stall_of(messages: &[(f64, Option<f64>)]) -> Option<(f64, f64, f64)> {
         let messages = messages
             .iter()
             .enumerate()
             .map(|(index, &(due, answered))| message(0, index as u64 + 1, due, answered))
             .collect();
         let found = stalls(&timeline(1, messages), &window());
-        found.first().map(|stall| (stall.stall_ms, stall.added_ms))
+        found.first().map(|stall| (stall.stall_ms, stall.added_ms, stall.beside_freeze_ms))
     }
 
     #[test]
     fn the_freeze_window_is_taken_off_as_far_as_a_message_waited_in_it() {
         let cases = [
-            ("waited from before the freeze", 1001.0, 1022.0, (21.0, 6.0)),
-            ("due in the middle of it", 1010.0, 1023.0, (13.0, 3.0)),
-            ("answered in the middle of it", 1001.0, 1006.0, (5.0, 4.0)),
+            ("waited from before the freeze", 1001.0, 1022.0, (21.0, 6.0, 6.0)),
+            ("due in the middle of it", 1010.0, 1023.0, (13.0, 0.0, 3.0)),
+            ("answered in the middle of it", 1001.0, 1006.0, (5.0, 0.0, 4.0)),
         ];
         for (name, due, answered, expected) in cases {
             assert_eq!(stall_of(&[(due, Some(answered))]), Some(expected), "{name}");
@@ -130,10 +141,10 @@ mod tests {
     fn a_client_that_counts_counts_with_its_worst_message_around_the_migration() {
         let in_freeze = (1019.0, Some(1022.0));
         for (name, other, expected) in [
-            ("before the hold", (950.0, Some(999.0)), (49.0, 49.0)),
-            ("a retransmission later", (1030.0, Some(1250.0)), (220.0, 220.0)),
-            ("answered too long before", (900.0, Some(940.0)), (3.0, 2.0)),
-            ("due too long after", (2100.0, Some(2900.0)), (3.0, 2.0)),
+            ("before the hold", (950.0, Some(999.0)), (49.0, 34.0, 49.0)),
+            ("a retransmission later", (1030.0, Some(1250.0)), (220.0, 205.0, 220.0)),
+            ("answered too long before", (900.0, Some(940.0)), (3.0, 0.0, 2.0)),
+            ("due too long after", (2100.0, Some(2900.0)), (3.0, 0.0, 2.0)),
         ] {
             assert_eq!(stall_of(&[in_freeze, other]), Some(expected), "{name}");
         }
@@ -141,14 +152,17 @@ mod tests {
 
     #[test]
     fn a_lost_message_stalls_its_client_to_the_end_of_the_run() {
-        assert_eq!(stall_of(&[(1010.0, None)]), Some((8990.0, 8980.0)));
+        assert_eq!(stall_of(&[(1010.0, None)]), Some((8990.0, 8975.0, 8980.0)));
     }
 
     #[test]
     fn without_a_freeze_the_hold_decides_and_nothing_is_taken_off() {
         let run = timeline(2, vec![message(0, 1, 1002.0, Some(1022.0)), message(1, 1, 1030.0, Some(1031.0))]);
         let found = stalls(&run, &Window { freeze: None, ..window() });
-        assert_eq!(found, [ClientStall { client: 0, stall_ms: 20.0, added_ms: 20.0 }]);
+        assert_eq!(
+            found,
+            [ClientStall { client: 0, stall_ms: 20.0, added_ms: 20.0, beside_freeze_ms: 20.0 }]
+        );
     }
 
     #[test]

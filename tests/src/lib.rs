@@ -24,6 +24,7 @@ pub mod http;
 mod lab_id;
 mod namespace;
 pub mod process;
+pub mod processors;
 mod programs;
 mod remains;
 pub mod stack;

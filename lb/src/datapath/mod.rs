@@ -4,6 +4,7 @@
 //! and never waits for the network. What a datapath finds out by itself comes back as an [`Event`].
 
 mod queue;
+mod segment;
 pub mod xdp;
 
 use std::net::{IpAddr, SocketAddr};

@@ -1,8 +1,15 @@
 //! A backend's hold queue: frames in the order of their capture, bounded in bytes and age. Pure.
+//!
+//! Of what TCP clients send while they are held, half says nothing new: unanswered segments are sent again, and the
+//! last answers are acknowledged twice, alone and with the next request. A retransmission of what waits already is
+//! absorbed, and an acknowledgement gives its place to the next frame of its flow: each would take room, time at
+//! the replay, and the server's time after it.
 
-use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use super::segment::{Content, Flow, Segment, read};
 use super::{HoldLimits, Overflow};
 
 /// First in, first out; so each flow's packets keep their order whatever flows they are mixed with.
@@ -12,6 +19,9 @@ pub struct HoldQueue {
     frames: VecDeque<Held>,
     bytes: usize,
     counts: QueueCounts,
+    /// Frames that have left the queue since it was made: the number of its first one.
+    gone: u64,
+    flows: HashMap<Flow, Waiting>,
 }
 
 #[derive(Debug)]
@@ -31,12 +41,54 @@ pub struct QueueCounts {
     pub overflow: u64,
     /// Frames dropped for their age.
     pub aged: u64,
+    /// Frames that said nothing beyond what was waiting already, or what came after them.
+    pub absorbed: u64,
+}
+
+/// What waits of a TCP flow.
+#[derive(Debug, Default)]
+struct Waiting {
+    frames: usize,
+    covered: Covered,
+    /// Number of its last frame, if that is an acknowledgement and nothing else.
+    last_acknowledgement: Option<u64>,
+}
+
+/// What of a flow's sequence space waits for certain.
+#[derive(Debug, Default)]
+enum Covered {
+    #[default]
+    Nothing,
+    From(Segment),
+    /// Something of the flow has left the queue; a retransmission may be needed.
+    Unknown,
+}
+
+impl Covered {
+    fn has(&self, segment: Segment) -> bool {
+        matches!(self, Self::From(covered) if covered.covers(segment))
+    }
+
+    fn add(&mut self, segment: Segment) {
+        match self {
+            Self::Nothing => *self = Self::From(segment),
+            Self::From(covered) => covered.extend(segment),
+            Self::Unknown => {}
+        }
+    }
 }
 
 impl HoldQueue {
     /// An empty queue.
     pub fn new(limits: HoldLimits) -> Self {
-        Self { limits, frames: VecDeque::new(), bytes: 0, counts: QueueCounts::default() }
+        Self {
+            limits,
+            frames: VecDeque::new(),
+            bytes: 0,
+            counts: QueueCounts::default(),
+            gone: 0,
+            flows: HashMap::new(),
+        }
     }
 
     /// Puts a frame in, or drops it or older ones as the limits say.
@@ -48,14 +100,57 @@ impl HoldQueue {
             self.counts.overflow += 1;
             return;
         }
+        if self.absorb(now, frame) {
+            self.counts.absorbed += 1;
+            return;
+        }
         while self.bytes + frame.len() > most {
             self.remove_first();
             self.counts.overflow += 1;
         }
+        self.note(frame);
         self.bytes += frame.len();
         self.counts.held_packets += 1;
         self.counts.held_bytes += frame.len() as u64;
         self.frames.push_back(Held { at: now, frame: frame.into() });
+    }
+
+    /// Whether a frame need not wait itself: all of it waits already, or it took the place of an acknowledgement.
+    fn absorb(&mut self, now: Instant, frame: &[u8]) -> bool {
+        let Some((flow, content)) = read(frame) else { return false };
+        let Some(waiting) = self.flows.get_mut(&flow) else { return false };
+        let segment = if let Content::Segment(segment) = content { Some(segment) } else { None };
+        if segment.is_some_and(|segment| waiting.covered.has(segment)) {
+            return true;
+        }
+        let Some(number) = waiting.last_acknowledgement else { return false };
+        let Some(held) = number.checked_sub(self.gone).and_then(|place| self.frames.get_mut(place as usize))
+        else {
+            return false;
+        };
+        let bytes = self.bytes - held.frame.len() + frame.len();
+        if content == Content::Other || bytes > self.limits.max_bytes {
+            return false;
+        }
+        *held = Held { at: now, frame: frame.into() };
+        self.bytes = bytes;
+        if let Some(segment) = segment {
+            waiting.last_acknowledgement = None;
+            waiting.covered.add(segment);
+        }
+        true
+    }
+
+    /// Remembers what a frame adds to its flow, before it is put at the end.
+    fn note(&mut self, frame: &[u8]) {
+        let Some((flow, content)) = read(frame) else { return };
+        let number = self.gone + self.frames.len() as u64;
+        let waiting = self.flows.entry(flow).or_default();
+        waiting.frames += 1;
+        waiting.last_acknowledgement = (content == Content::Acknowledgement).then_some(number);
+        if let Content::Segment(segment) = content {
+            waiting.covered.add(segment);
+        }
     }
 
     /// Drops what is older than the limit.
@@ -81,6 +176,16 @@ impl HoldQueue {
     fn remove_first(&mut self) {
         if let Some(held) = self.frames.pop_front() {
             self.bytes -= held.frame.len();
+            self.gone += 1;
+            if let Some((flow, _)) = read(&held.frame)
+                && let Entry::Occupied(mut waiting) = self.flows.entry(flow)
+            {
+                waiting.get_mut().frames -= 1;
+                waiting.get_mut().covered = Covered::Unknown;
+                if waiting.get().frames == 0 {
+                    waiting.remove();
+                }
+            }
         }
     }
 
@@ -103,6 +208,7 @@ impl HoldQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lb_core::host::FrameBuilder;
     use proptest::prelude::*;
     use std::time::Duration;
 
@@ -144,6 +250,60 @@ mod tests {
         queue.expire(start + Duration::from_millis(101));
         assert_eq!(contents(&mut queue), [vec![2]]);
         assert_eq!(queue.counts().aged, 1);
+    }
+
+    #[test]
+    fn a_retransmission_of_what_waits_is_absorbed_and_one_of_what_left_is_not() {
+        let now = Instant::now();
+        let mut queue = HoldQueue::new(limits(10_000, Overflow::DropNewest));
+        let segments = [(100, 20), (120, 10), (100, 30), (110, 10), (125, 10), (300, 5), (300, 5)];
+        for (sequence, length) in segments {
+            queue.push(now, &tcp(4000, sequence, length));
+        }
+        // Kept: the first two, the one that goes on beyond them, and those behind a gap.
+        assert_eq!((queue.len(), queue.counts().absorbed), (5, 2));
+        queue.sent(1);
+        queue.push(now, &tcp(4000, 100, 20));
+        assert_eq!((queue.len(), queue.counts().absorbed), (5, 2));
+    }
+
+    #[test]
+    fn an_acknowledgement_gives_its_place_to_the_next_frame_of_its_flow() {
+        let now = Instant::now();
+        let mut queue = HoldQueue::new(limits(10_000, Overflow::DropNewest));
+        let sent =
+            [(4000, 100, 0), (4001, 7, 3), (4000, 100, 0), (4000, 100, 20), (4000, 120, 0), (4000, 120, 9)];
+        for (port, sequence, length) in sent {
+            queue.push(now, &tcp(port, sequence, length));
+        }
+        assert_eq!(contents(&mut queue), [tcp(4000, 100, 20), tcp(4001, 7, 3), tcp(4000, 120, 9)]);
+        assert_eq!(
+            queue.counts(),
+            QueueCounts { held_packets: 3, held_bytes: 3 * 54 + 3, absorbed: 3, ..QueueCounts::default() }
+        );
+        // What took its place is covered as if it had come by itself.
+        queue.push(now, &tcp(4000, 100, 29));
+        assert_eq!(queue.len(), 3);
+        // One that has been sent has no place to give.
+        queue.push(now, &tcp(4002, 1, 0));
+        queue.sent(4);
+        queue.push(now, &tcp(4002, 1, 5));
+        assert_eq!(contents(&mut queue), [tcp(4002, 1, 5)]);
+    }
+
+    fn tcp(port: u16, sequence: u32, length: usize) -> Vec<u8> {
+        let mut frame = FrameBuilder {
+            link: ([1; 6], [2; 6]),
+            source: ([10, 9, 0, 1], port).into(),
+            destination: ([10, 1, 0, 1], 80).into(),
+            ttl: 63,
+            segment: lb_core::host::Segment::Tcp { flags: 0x10 },
+            payload: vec![0; length],
+        }
+        .build()
+        .0;
+        frame[38..42].copy_from_slice(&sequence.to_be_bytes());
+        frame
     }
 
     proptest! {

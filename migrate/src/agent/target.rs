@@ -36,14 +36,17 @@ pub enum PrepareError {
     Images(#[from] ImagesError),
 }
 
+/// When the images of a server that runs are wiped.
+const WIPE_AFTER: Duration = Duration::from_millis(500);
+
 struct Driver {
     site: Arc<Site>,
     session: Arc<Session>,
     holder_pid: HolderPid,
     /// Until it is told to stay.
     holder: Option<Holder>,
-    /// Wiped when the driver ends.
-    _folder: Folder,
+    /// Wiped when the driver ends, or soon after.
+    folder: Option<Folder>,
     swrk: Option<Swrk>,
     patience: Duration,
     expires: Instant,
@@ -93,7 +96,7 @@ async fn ready(
         session: session.clone(),
         holder_pid: holder.pid(),
         holder: Some(holder),
-        _folder: folder,
+        folder: Some(folder),
         swrk: Some(swrk),
         patience: patience(prepare.hold_deadline_ms),
         expires: Instant::now() + PREPARED_LIMIT,
@@ -252,6 +255,9 @@ impl Driver {
         let running = matches!(state, State::Committed(_));
         if running {
             self.site.set_running(&name, self.holder_pid);
+            if let Some(folder) = self.folder.take() {
+                wipe_later(folder);
+            }
         } else {
             self.site.forget(&name, self.holder_pid).await;
             self.site.set(&name, Place::Absent);
@@ -266,6 +272,16 @@ impl Driver {
             self.show(state);
         }
     }
+}
+
+/// Wipes images when the restored server has had time to answer its backlog: freeing them takes a processor that it
+/// needs more.
+fn wipe_later(folder: Folder) {
+    tokio::spawn(async move {
+        tokio::time::sleep(WIPE_AFTER).await;
+        // Nothing waits for it, and a failure is logged there.
+        let _ = tokio::task::spawn_blocking(move || drop(folder)).await;
+    });
 }
 
 async fn next(swrk: &mut Option<Swrk>) -> Said {

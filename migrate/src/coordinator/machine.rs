@@ -24,6 +24,9 @@ pub const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 pub const MARGIN: Duration = Duration::from_secs(2);
 /// How long after the flip `go` and `release` are tried before an operator is asked.
 pub const FORWARD_LIMIT: Duration = Duration::from_secs(15);
+/// How long the target has the network and the machine to itself before the source is killed: it has a backlog to
+/// answer, nobody waits for the release, and taking a server with many connections apart is work.
+pub const CATCHING_UP: Duration = Duration::from_millis(100);
 /// Pause before something that failed is tried again.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -359,10 +362,10 @@ impl Machine {
                 self.phases.enter("release", now);
                 self.state = State::After(After::Releasing {
                     give_up: now + FORWARD_LIMIT,
-                    retry: None,
+                    retry: Some(now + CATCHING_UP),
                     trouble: None,
                 });
-                vec![Command::Release]
+                Vec::new()
             }
             (After::Confirming { give_up, .. }, Event::TargetFailed(reason)) => {
                 self.state = State::After(After::Confirming {

@@ -159,11 +159,17 @@ fn the_way_forward() {
         &[],
         &[Command::Flip { generation: GENERATION }],
         &[Command::Go],
-        &[Command::Release],
+        &[],
         &[],
     ];
     for (step, (event, expected)) in forward().into_iter().zip(expected).enumerate() {
-        assert_eq!(machine.on(event, ms(10 * (step as u64 + 1))), expected);
+        let now = ms(10 * (step as u64 + 1));
+        let runs = event == Event::Running;
+        assert_eq!(machine.on(event, now), expected);
+        if runs {
+            assert_eq!(machine.wake_at(), Some(now + CATCHING_UP));
+            assert_eq!(machine.on(Event::Tick, now + CATCHING_UP), [Command::Release]);
+        }
     }
     assert_eq!(*machine.state(), State::Finished { outcome: Outcome::Committed, reason: None });
     let names: Vec<_> = machine.phases().list().iter().map(|phase| phase.name).collect();
@@ -278,7 +284,8 @@ fn recovery_takes_the_direction_that_the_gate_says() {
     assert_eq!(back.on(Event::SourceResumed, ms(1)), [Command::ResumeGate { generation: GENERATION }]);
     let (mut ahead, commands) = Machine::recover_forward(HOLD);
     assert_eq!(commands, [Command::Go]);
-    assert_eq!(ahead.on(Event::Running, ms(1)), [Command::Release]);
+    assert_eq!(ahead.on(Event::Running, ms(1)), []);
+    assert_eq!(ahead.on(Event::Tick, ms(1) + CATCHING_UP), [Command::Release]);
     ahead.on(Event::Released, ms(2));
     assert_eq!(*ahead.state(), State::Finished { outcome: Outcome::Committed, reason: None });
 }

@@ -10,6 +10,7 @@
 mod config;
 mod workload;
 
+use std::ffi::OsString;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -23,7 +24,7 @@ pub use workload::{Protocol, Workload};
 use crate::error::LabError;
 use crate::http::{self, Response};
 use crate::process::Process;
-use crate::{Lab, Site, address, program, wait_for};
+use crate::{Lab, Site, address, processors, program, wait_for};
 
 /// How long our processes may take to be ready; most of a daemon's start is the verifier's.
 const READY_LIMIT: Duration = Duration::from_secs(20);
@@ -46,6 +47,8 @@ pub struct StackOptions {
     pub environment: Vec<(String, String)>,
     /// Folders that a site's agent, and so the servers there, find empty.
     pub hidden: Vec<(Site, PathBuf)>,
+    /// Keeps the sites on these processors (see [`crate::processors`]); empty: on any.
+    pub site_processors: Vec<usize>,
 }
 
 /// Section `[hold]` of the daemon's configuration; what is `None` is left out.
@@ -74,14 +77,16 @@ pub struct Stack {
     environment: Vec<(String, String)>,
     workloads: Vec<Workload>,
     hidden: Vec<(Site, PathBuf)>,
+    site_processors: Vec<usize>,
     lab: Lab,
 }
 
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
     pub fn start(lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, hold, environment, hidden } = options;
-        let mut stack = Stack { daemon: None, agents: [None, None], environment, workloads, hidden, lab };
+        let StackOptions { workloads, hold, environment, hidden, site_processors } = options;
+        let (daemon, agents) = (None, [None, None]);
+        let mut stack = Stack { daemon, agents, environment, workloads, hidden, site_processors, lab };
         stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, &hold))?;
         for site in Site::ALL {
             let text = config::agent(&stack.lab, site, &stack.workloads);
@@ -242,22 +247,24 @@ impl Stack {
 
     fn spawn_agent(&mut self, site: Site) -> Result<(), LabError> {
         let name = agent_name(site);
-        let agent = program("migrate")?;
+        // Each program becomes the next one, so that all of it stays one process.
+        let mut words: Vec<OsString> = Vec::new();
+        if !self.site_processors.is_empty() {
+            words.extend(["taskset", "--cpu-list"].map(OsString::from));
+            words.push(processors::list(&self.site_processors).into());
+        }
         let hidden: Vec<_> =
             self.hidden.iter().filter(|(at, _)| *at == site).map(|(_, folder)| folder).collect();
-        let mut command = if hidden.is_empty() {
-            self.lab.site(site).command(agent)
-        } else {
-            // A mount namespace of its own; each step becomes the next, so that it stays one process.
-            let mut command = self.lab.site(site).command("unshare");
-            command
-                .args(["--mount", "sh", "-ec", HIDE, "sh"])
-                .arg(hidden.len().to_string())
-                .args(hidden)
-                .arg(agent);
-            command
-        };
-        command.args([Path::new("agent"), Path::new("--config"), &self.config_path(&name)]);
+        if !hidden.is_empty() {
+            words.extend(["unshare", "--mount", "sh", "-ec", HIDE, "sh"].map(OsString::from));
+            words.push(hidden.len().to_string().into());
+            words.extend(hidden.into_iter().map(OsString::from));
+        }
+        words.push(program("migrate")?.into());
+        words.extend(["agent", "--config"].map(OsString::from));
+        words.push(self.config_path(&name).into());
+        let mut command = self.lab.site(site).command(&words[0]);
+        command.args(&words[1..]);
         self.agents[site as usize] = Some(self.spawn(&name, command)?);
         Ok(())
     }

@@ -13,6 +13,7 @@ use bench::report::{DrillReport, Migration, Outcome, Setting, Verification};
 use bench::scenario::{self, Scenario};
 use bench::timeline::Timeline;
 use bench::verify::redis_counts;
+use lab::processors;
 use lab::stack::{Protocol, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address};
 use serde_json::json;
@@ -54,7 +55,12 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> anyhow::Result<DrillReport> {
     narrator.doing("starting agents, load balancer and server");
     let workload = workload(args.scenario(), &lab)?;
     let service = workload.service;
-    let stack = Stack::start(lab, StackOptions { workloads: vec![workload], ..StackOptions::default() })?;
+    let site_processors = processors::halves().map_or(Vec::new(), |(network, sites)| {
+        processors::stay_on(&network);
+        sites
+    });
+    let options = StackOptions { workloads: vec![workload], site_processors, ..StackOptions::default() };
+    let stack = Stack::start(lab, options)?;
     let outcome = on_stack(args, interrupt, &narrator, &stack, service);
     if outcome.as_ref().is_err_and(|error| !error.is::<crate::Interrupted>()) {
         narrator.finish();

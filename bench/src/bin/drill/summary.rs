@@ -63,7 +63,8 @@ pub fn tables(report: &DrillReport) -> String {
     if !report.migrations.is_empty() {
         times
             .row(percentiles("stall of a client", report.stall_ms))
-            .row(percentiles("added stall (without the freeze)", report.added_stall_ms));
+            .row(percentiles("added stall (stall - freeze)", report.added_stall_ms))
+            .row(percentiles("waited besides the freeze", report.beside_freeze_ms));
     }
     let mut text = format!("{counts}\n{times}");
     if !report.migrations.is_empty() {

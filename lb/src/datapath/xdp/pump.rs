@@ -188,7 +188,8 @@ impl Worker {
             match (idle, taken + sent) {
                 (true, _) => thread::park(),
                 (false, 0) => thread::park_timeout(POLL),
-                _ => {}
+                // A replay must not keep the restored server from its processor.
+                _ => thread::yield_now(),
             }
         }
     }

@@ -1,0 +1,31 @@
+//! Which processors stand for which hosts.
+//!
+//! A lab puts several hosts on one machine. Left alone, the scheduler keeps a client and the server that it waits
+//! for on one processor for milliseconds while another is idle, which no two hosts would do to each other. Who
+//! measures gives clients and load balancer one half of the processors and the sites the other.
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// The processors of the clients and the load balancer, and those of the sites; none where there is only one.
+pub fn halves() -> Option<(Vec<usize>, Vec<usize>)> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).ok()?;
+    let all: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect();
+    let (network, sites) = all.split_at(all.len() / 2);
+    (!network.is_empty()).then(|| (network.to_vec(), sites.to_vec()))
+}
+
+/// Keeps the calling thread, and what it starts from now on, on these processors. Best effort.
+pub fn stay_on(cpus: &[usize]) {
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        // A number that came out of a set fits into one.
+        let _ = set.set(*cpu);
+    }
+    let _ = sched_setaffinity(Pid::from_raw(0), &set);
+}
+
+/// The list as `taskset --cpu-list` takes it.
+pub(crate) fn list(cpus: &[usize]) -> String {
+    cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
