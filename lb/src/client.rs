@@ -25,7 +25,7 @@ pub enum ClientError {
     #[error("{0:?} is not an address of the admin API; write for example http://127.0.0.1:7400")]
     Url(String),
     /// Nobody there.
-    #[error("cannot reach the load balancer at {url}; is `lb run` running, and is this its admin address?")]
+    #[error("cannot reach the load balancer at {url} (is `lb run` running, and is this its admin address?)")]
     Unreachable {
         /// The address.
         url: String,

@@ -2,6 +2,7 @@
 //! everything.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -29,6 +30,15 @@ struct Inner {
     stats: HoldStats,
     unreachable: BTreeSet<String>,
     calls: Vec<Call>,
+    slow: Option<(Sender<()>, Receiver<()>)>,
+}
+
+/// The test's end of a network that takes its time with the next staging.
+pub(crate) struct SlowNetwork {
+    /// Says that the staging waits.
+    pub(crate) waiting: Receiver<()>,
+    /// Lets it go on.
+    pub(crate) answer: Sender<()>,
 }
 
 pub(crate) struct MemoryDatapath {
@@ -68,6 +78,13 @@ impl MemoryDatapath {
 
     pub(crate) fn make_unreachable(&self, site: &str) {
         self.inner().unreachable.insert(site.to_owned());
+    }
+
+    /// The next staging waits for the test.
+    pub(crate) fn slow_network(&self) -> SlowNetwork {
+        let ((wait, waiting), (answer, answered)) = (channel(), channel());
+        self.inner().slow = Some((wait, answered));
+        SlowNetwork { waiting, answer }
     }
 
     pub(crate) fn calls(&self) -> Vec<Call> {
@@ -130,6 +147,11 @@ impl Datapath for MemoryDatapath {
     }
 
     fn stage(&self, backend: BackendNumber, site: SiteNumber) -> Result<(), DatapathError> {
+        let slow = self.inner().slow.take();
+        if let Some((wait, answered)) = slow {
+            wait.send(()).unwrap();
+            answered.recv().unwrap();
+        }
         let mut inner = self.inner();
         let name = inner.sites[site.0 as usize].clone();
         if inner.unreachable.contains(&name) {

@@ -74,22 +74,28 @@ pub(super) async fn flip(
     Name(backend): Name,
     Json(FlipBody { generation: held, to }): Json<FlipBody>,
 ) -> Answer {
-    let flipped = admin.migrations.unless_under_way(&backend, |control| control.flip(&backend, held, &to));
-    let generation = match flipped {
+    let flip = || admin.migrations.unless_under_way(&backend, |control| control.flip(&backend, held, &to));
+    let generation = match flip() {
+        // Everything else is right, so stage for callers who had no occasion to. No migration can begin
+        // meanwhile: it would need an open gate.
         Err(MigrationError::Control(ControlError::Refused { refusal: Refusal::NotStaged, .. })) => {
-            // Resolving the site's next hop may take a while.
-            let (migrations, backend, to) = (admin.migrations.clone(), backend.clone(), to.clone());
-            let staged = tokio::task::spawn_blocking(move || {
-                migrations.unless_under_way(&backend, |control| control.stage_and_flip(&backend, held, &to))
-            });
-            staged.await.map_err(|panic| {
-                Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "datapath-failed", panic.to_string())
-            })??
+            stage(&admin, &backend, &to).await?;
+            flip()?
         }
         result => result?,
     };
     tracing::info!(%backend, generation, %to, "flip by hand");
     Ok(axum::Json(Generation { generation }))
+}
+
+/// Stages a site, which may wait for the network.
+async fn stage(admin: &Admin, backend: &str, to: &str) -> Result<(), Problem> {
+    let (control, backend, to) = (admin.control.clone(), backend.to_owned(), to.to_owned());
+    let staged = tokio::task::spawn_blocking(move || control.stage(&backend, &to)).await;
+    staged.map_err(|panic| {
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "datapath-failed", panic.to_string())
+    })??;
+    Ok(())
 }
 
 pub(super) async fn resume(

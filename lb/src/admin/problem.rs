@@ -59,6 +59,7 @@ impl From<ControlError> for Problem {
                     Refusal::NotStaged => "not-staged",
                 },
             ),
+            ControlError::Staging(_) => (StatusCode::CONFLICT, "staging"),
             ControlError::Datapath(DatapathError::Unreachable { .. }) => {
                 (StatusCode::CONFLICT, "unreachable-site")
             }

@@ -14,7 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::client::{AdminClient, ClientError};
-use crate::config::MAX_DEADLINE_MS;
+use crate::config::{LoadError, MAX_DEADLINE_MS};
 use crate::control::Policy;
 use crate::run::{self, RunError};
 
@@ -118,6 +118,10 @@ pub fn main(cli: Cli) -> ExitCode {
         match cli.command {
             Command::Run(args) => match run::run(&args.config).await {
                 Ok(()) => ExitCode::SUCCESS,
+                Err(RunError::Config(LoadError::Invalid(errors))) => {
+                    eprintln!("error: the configuration cannot be used\n{errors}");
+                    ExitCode::from(NOT_DONE)
+                }
                 Err(error @ RunError::Config(_)) => failed(&error, NOT_DONE),
                 Err(error) => failed(&error, 1),
             },

@@ -10,7 +10,7 @@ mod machine;
 mod view;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -39,6 +39,9 @@ pub enum ControlError {
         /// The reason.
         refusal: Refusal,
     },
+    /// A location is being written that the flip would make the active one.
+    #[error("backend {0:?}: a site is being staged for it right now; try again")]
+    Staging(String),
     /// The datapath cannot.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
@@ -60,6 +63,8 @@ struct Entry {
     number: BackendNumber,
     address: std::net::SocketAddr,
     machine: Mutex<Machine>,
+    /// Held while the spare slot is written, which may take as long as the network: not the machine's lock.
+    staging: Mutex<()>,
     replay: watch::Sender<Replay>,
 }
 
@@ -109,6 +114,7 @@ impl Control {
                 number,
                 address: backend.address,
                 machine: Mutex::new(machine),
+                staging: Mutex::new(()),
                 replay: watch::Sender::new(Replay::default()),
             };
             entries.insert(name, entry);
@@ -172,38 +178,33 @@ impl Control {
     pub fn stage(&self, backend: &str, to_site: &str) -> Result<(), ControlError> {
         let entry = self.entry(backend)?;
         let site = self.site(to_site)?;
-        // Under the lock: a flip in between would make the slot that is being written the active one.
-        let mut machine = entry.machine();
-        if machine.location() == site {
-            return Err(ControlError::Refused {
-                backend: entry.name.clone(),
-                refusal: Refusal::SameLocation,
-            });
+        // No flip in between: it would make the slot that is being written the active one.
+        let _staging = entry.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = |refusal| ControlError::Refused { backend: entry.name.clone(), refusal };
+        if entry.machine().location() == site {
+            return Err(refused(Refusal::SameLocation));
         }
-        self.datapath.stage(entry.number, site)?;
-        machine
-            .on(Event::Staged { site }, Instant::now())
-            .map_err(|refusal| ControlError::Refused { backend: entry.name.clone(), refusal })?;
+        self.datapath.stage(entry.number, site).map_err(|error| match error {
+            // Sites have names here.
+            DatapathError::Unreachable { reason, .. } => {
+                DatapathError::Unreachable { site: to_site.to_owned(), reason }
+            }
+            other => other,
+        })?;
+        entry.machine().on(Event::Staged { site }, Instant::now()).map_err(refused)?;
         Ok(())
     }
 
     /// Opens the gate at a staged site, replaying what was held. Returns the new generation.
     pub fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, ControlError> {
         let to = self.site(to_site)?;
+        let entry = self.entry(backend)?;
+        let _unless_staging = match entry.staging.try_lock() {
+            Err(TryLockError::WouldBlock) => return Err(ControlError::Staging(backend.to_owned())),
+            free => free,
+        };
         // Not a word to the log here: a caller measures from the target's report to this store.
-        self.event(self.entry(backend)?, Event::Flip { generation, to })
-    }
-
-    /// Like [`Self::flip`], for callers who had no occasion to stage: stages first where that is needed, and
-    /// only when the flip is otherwise right.
-    pub fn stage_and_flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, ControlError> {
-        match self.flip(backend, generation, to_site) {
-            Err(ControlError::Refused { refusal: Refusal::NotStaged, .. }) => {
-                self.stage(backend, to_site)?;
-                self.flip(backend, generation, to_site)
-            }
-            result => result,
-        }
+        self.event(entry, Event::Flip { generation, to })
     }
 
     /// Opens the gate where it was, replaying what was held. Returns the new generation.

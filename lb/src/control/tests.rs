@@ -82,19 +82,39 @@ async fn unknown_names_and_unreachable_sites_change_nothing() {
     let held = control.hold("chat-1", Policy::Hold, None).unwrap();
     let calls = test.datapath.calls();
     assert!(matches!(control.flip("chat-1", held, "x"), Err(ControlError::UnknownSite(_))));
-    assert!(matches!(control.stage_and_flip("chat-1", held, "fra"), Err(ControlError::Datapath(_))));
-    assert!(matches!(control.stage_and_flip("chat-1", held - 1, "fra"), Err(ControlError::Refused { .. })));
+    assert!(matches!(control.flip("chat-1", held, "fra"), Err(ControlError::Refused { .. })));
+    assert!(matches!(control.flip("chat-1", held - 1, "fra"), Err(ControlError::Refused { .. })));
     assert_eq!(test.datapath.calls(), calls);
 }
 
 #[tokio::test]
-async fn a_flip_without_staging_stages() {
+async fn a_flip_needs_staging() {
     let test = TestControl::new();
     let held = test.control.hold("chat-1", Policy::Drop, None).unwrap();
     let refused = test.control.flip("chat-1", held, "fra").unwrap_err();
     assert!(matches!(refused, ControlError::Refused { refusal: Refusal::NotStaged, .. }));
-    test.control.stage_and_flip("chat-1", held, "fra").unwrap();
+    test.control.stage("chat-1", "fra").unwrap();
+    test.control.flip("chat-1", held, "fra").unwrap();
     assert_eq!(test.control.view("chat-1").unwrap().location.as_deref(), Some("fra"));
+}
+
+#[tokio::test]
+async fn while_a_site_is_being_staged_nothing_flips_and_nothing_else_waits() {
+    let test = TestControl::new();
+    test.control.stage("chat-1", "fra").unwrap();
+    let held = test.control.hold("chat-1", Policy::Hold, None).unwrap();
+    let network = test.datapath.slow_network();
+    let staging = std::thread::spawn({
+        let control = test.control.clone();
+        move || control.stage("chat-1", "bare")
+    });
+    network.waiting.recv().unwrap();
+    assert!(matches!(test.control.flip("chat-1", held, "fra"), Err(ControlError::Staging(_))));
+    assert_eq!(test.control.view("chat-1").unwrap().gate, "hold");
+    network.answer.send(()).unwrap();
+    staging.join().unwrap().unwrap();
+    test.control.flip("chat-1", held, "bare").unwrap();
+    assert_eq!(test.control.view("chat-1").unwrap().location.as_deref(), Some("bare"));
 }
 
 /// A daemon that finds tables of a former one.

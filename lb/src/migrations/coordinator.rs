@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use http::Method;
 use migrate::client::{AgentClient, ClientError, chain};
 use migrate::coordinator::{self, AgentAt, Cutover, Progress, Report, Spec};
-use migrate::protocol::{MigrationStatus, Role, WorkloadStatus};
+use migrate::protocol::{MigrationStatus, Role, WorkloadState, WorkloadStatus};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
@@ -22,6 +22,15 @@ pub struct Leftover {
     pub id: String,
     /// The agent's part in it.
     pub role: Role,
+}
+
+/// What an agent says of a backend.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// The migration that it takes part in.
+    pub leftover: Option<Leftover>,
+    /// Whether the backend is at the agent's site: it runs, or is frozen and would run again.
+    pub is_there: bool,
 }
 
 /// Runs migrations and finds out what is left of old ones.
@@ -45,9 +54,8 @@ pub trait Coordinator: Send + Sync + 'static {
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report>;
 
-    /// Asks an agent what migration of a backend it takes part in. The error is for the log.
-    fn survey(&self, agent: AgentAt, backend: String)
-    -> BoxFuture<'static, Result<Option<Leftover>, String>>;
+    /// Asks an agent what it knows of a backend. The error is for the log.
+    fn survey(&self, agent: AgentAt, backend: String) -> BoxFuture<'static, Result<Seen, String>>;
 }
 
 /// The coordinator of the `migrate` crate, which talks to the sites' agents.
@@ -76,22 +84,22 @@ impl Coordinator for Agents {
         async move { coordinator::recover(spec, &active_site, generation, cutover, progress).await }.boxed()
     }
 
-    fn survey(
-        &self,
-        agent: AgentAt,
-        backend: String,
-    ) -> BoxFuture<'static, Result<Option<Leftover>, String>> {
+    fn survey(&self, agent: AgentAt, backend: String) -> BoxFuture<'static, Result<Seen, String>> {
         async move { survey(&agent.url, &backend).await.map_err(|error| chain(&error)) }.boxed()
     }
 }
 
-async fn survey(url: &str, backend: &str) -> Result<Option<Leftover>, ClientError> {
+async fn survey(url: &str, backend: &str) -> Result<Seen, ClientError> {
     let client = AgentClient::new(url)?;
     let workloads: Vec<WorkloadStatus> =
         client.json(Method::GET, "/v1/workloads", None::<&()>, ANSWER).await?;
-    let migration = workloads.into_iter().find(|workload| workload.name == backend).and_then(|w| w.migration);
-    let Some(id) = migration else { return Ok(None) };
+    let Some(workload) = workloads.into_iter().find(|workload| workload.name == backend) else {
+        return Ok(Seen::default());
+    };
+    let is_there = matches!(workload.state, WorkloadState::Running | WorkloadState::Frozen);
+    let Some(id) = workload.migration else { return Ok(Seen { leftover: None, is_there }) };
     let path = format!("/v1/migrations/{id}");
     let status: MigrationStatus = client.json(Method::GET, &path, None::<&()>, ANSWER).await?;
-    Ok((!status.ended).then_some(Leftover { id, role: status.role }))
+    let leftover = (!status.ended).then_some(Leftover { id, role: status.role });
+    Ok(Seen { leftover, is_there })
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use migrate::coordinator::{self, Cutover, CutoverError, HoldRequest};
+use tokio::runtime::RuntimeFlavor;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{Control, ControlError, Policy, Refusal};
@@ -87,7 +88,14 @@ impl Cutover for MigrationCutover {
     }
 
     fn stage(&self, backend: &str, to_site: &str) -> Result<(), CutoverError> {
-        self.control.stage(backend, to_site).map_err(refused)
+        let stage = || self.control.stage(backend, to_site).map_err(refused);
+        // It may wait for the network; other migrations must not wait with it.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => {
+                tokio::task::block_in_place(stage)
+            }
+            _ => stage(),
+        }
     }
 
     fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, CutoverError> {

@@ -18,7 +18,7 @@ use migrate::coordinator::{AgentAt, DEFAULT_DRAIN, HoldRequest, Outcome, Progres
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
-pub use coordinator::{Agents, Coordinator, Leftover};
+pub use coordinator::{Agents, Coordinator, Leftover, Seen};
 pub use migration::{Migration, MigrationState, MigrationView, PhaseView, ReportView, Told};
 
 use crate::config::Config;

@@ -1,8 +1,10 @@
 //! After a restart: what did a former daemon leave behind, and how does it end?
 //!
 //! The pinned gate word says whether the flip has happened and where the backend belongs; the agents say
-//! which migration they are part of. A gate that is not `forward` between two sites with agents is brought
-//! to an end in any case; an open gate only where an agent still waits for a word.
+//! which migration they are part of. Where an agent still waits for a word, the migration is brought to an
+//! end, whatever the gate. A hold that no agent knows a migration for is opened only where an agent says that
+//! the backend is behind it (the agents fell back by themselves while there was no coordinator); any other
+//! is somebody's hold by hand and stays as it is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +13,7 @@ use migrate::coordinator::{AgentAt, HoldRequest, Policy, Spec};
 use migrate::protocol::Role;
 
 use super::cutover::MigrationCutover;
-use super::{Leftover, Migrations};
+use super::{Leftover, Migrations, Seen};
 use crate::control::State;
 
 /// Agents may start together with the load balancer.
@@ -23,7 +25,10 @@ enum Survey {
     /// One takes part in a migration; the role is that of the site where the gate points.
     Found { id: String, role_at_location: Role },
     /// Neither does.
-    Nothing,
+    Nothing {
+        /// Whether the backend is where the gate points.
+        is_there: bool,
+    },
     /// At least one could not be asked.
     Unknown(String),
 }
@@ -75,9 +80,18 @@ impl Migrations {
                 let flipped = role_at_location == Role::Target && !matches!(state, State::Holding { .. });
                 self.end(Some(id), backend, location, other, flipped);
             }
-            Survey::Nothing if closed => {
-                self.end(None, backend, location, other, state == State::Replaying);
+            // A replay ends by itself.
+            Survey::Nothing { is_there: true } if closed && state != State::Replaying => {
+                self.end(None, backend, location, other, false);
             }
+            Survey::Nothing { is_there: false } if closed && state != State::Replaying => {
+                tracing::warn!(
+                    backend,
+                    state = state.label(),
+                    "the gate is closed and its site's agent does not run the backend: flip or resume it by hand"
+                );
+            }
+            Survey::Nothing { .. } => {}
             Survey::Unknown(reason) if closed => {
                 tracing::warn!(
                     backend,
@@ -86,7 +100,6 @@ impl Migrations {
                 );
                 self.end(None, backend, location, other, state == State::Replaying);
             }
-            Survey::Nothing => {}
             Survey::Unknown(reason) => {
                 tracing::debug!(backend, reason, "could not ask whether a migration was left behind");
             }
@@ -94,7 +107,7 @@ impl Migrations {
     }
 
     async fn survey(&self, backend: &str, location: &AgentAt, other: &AgentAt, closed: bool) -> Survey {
-        let mut outcome = Survey::Nothing;
+        let mut outcome = Survey::Nothing { is_there: false };
         for round in 0..SURVEYS {
             if round > 0 {
                 tokio::time::sleep(SURVEY_PAUSE).await;
@@ -104,12 +117,13 @@ impl Migrations {
             }
             if !closed && self.inner().all.values().any(|migration| migration.backend == backend) {
                 // What an agent knows of now is ours.
-                return Survey::Nothing;
+                return Survey::Nothing { is_there: false };
             }
-            outcome = Survey::Nothing;
+            let mut is_there = false;
+            outcome = Survey::Nothing { is_there };
             for agent in [location, other] {
                 match self.coordinator.survey(agent.clone(), backend.to_owned()).await {
-                    Ok(Some(Leftover { id, role })) => {
+                    Ok(Seen { leftover: Some(Leftover { id, role }), .. }) => {
                         let role_at_location = match (role, agent.site == location.site) {
                             (role, true) => role,
                             (Role::Source, false) => Role::Target,
@@ -117,12 +131,12 @@ impl Migrations {
                         };
                         return Survey::Found { id, role_at_location };
                     }
-                    Ok(None) => {}
+                    Ok(seen) => is_there |= seen.is_there && agent.site == location.site,
                     Err(reason) => outcome = Survey::Unknown(reason),
                 }
             }
-            if matches!(outcome, Survey::Nothing) {
-                return Survey::Nothing;
+            if matches!(outcome, Survey::Nothing { .. }) {
+                return Survey::Nothing { is_there };
             }
         }
         outcome

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
-use super::{Coordinator, Leftover};
+use super::{Coordinator, Seen};
 
 /// What happens in a migration.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +36,7 @@ pub(crate) struct Script {
     /// What was recovered: the migration, where the gate pointed, the gate's generation.
     pub(crate) recovered: Mutex<Vec<(Spec, String, u32)>>,
     /// What agents answer, by site; nothing where there is no entry.
-    pub(crate) leftovers: Mutex<HashMap<String, Leftover>>,
+    pub(crate) seen: Mutex<HashMap<String, Seen>>,
 }
 
 impl Script {
@@ -46,7 +46,7 @@ impl Script {
             go: Arc::default(),
             specs: Mutex::default(),
             recovered: Mutex::default(),
-            leftovers: Mutex::default(),
+            seen: Mutex::default(),
         })
     }
 }
@@ -155,8 +155,8 @@ impl Coordinator for Script {
         .boxed()
     }
 
-    fn survey(&self, agent: AgentAt, _: String) -> BoxFuture<'static, Result<Option<Leftover>, String>> {
-        let leftover = self.leftovers.lock().unwrap().get(&agent.site).cloned();
-        std::future::ready(Ok(leftover)).boxed()
+    fn survey(&self, agent: AgentAt, _: String) -> BoxFuture<'static, Result<Seen, String>> {
+        let seen = self.seen.lock().unwrap().get(&agent.site).cloned();
+        std::future::ready(Ok(seen.unwrap_or_default())).boxed()
     }
 }

@@ -233,8 +233,12 @@ fn after_restart(word: GateWord) -> Test {
 
 impl Test {
     fn leftover(&self, site: &str, role: Role) {
-        let leftover = Leftover { id: "m-old".into(), role };
-        self.script.leftovers.lock().unwrap().insert(site.into(), leftover);
+        let leftover = Some(Leftover { id: "m-old".into(), role });
+        self.script.seen.lock().unwrap().insert(site.into(), Seen { leftover, is_there: false });
+    }
+
+    fn runs_at(&self, site: &str) {
+        self.script.seen.lock().unwrap().insert(site.into(), Seen { leftover: None, is_there: true });
     }
 
     async fn recovered(&self) -> Vec<MigrationView> {
@@ -258,10 +262,21 @@ async fn a_hold_that_was_left_behind_is_rolled_back_under_its_old_id() {
 }
 
 #[tokio::test]
-async fn a_hold_whose_agents_forgot_is_rolled_back_too() {
+async fn a_hold_whose_agents_fell_back_by_themselves_is_rolled_back_too() {
     let test = after_restart(GateWord::new(Gate::Drop, Slot::A, 41));
+    test.runs_at("ams");
     assert_eq!(test.recovered().await[0].state, MigrationState::RolledBack);
     assert_eq!(test.gate(), open_at("ams"));
+}
+
+#[tokio::test]
+async fn a_gate_never_opens_to_a_backend_that_does_not_run() {
+    for elsewhere in [None, Some("fra")] {
+        let test = after_restart(GateWord::new(Gate::Hold, Slot::A, 41));
+        elsewhere.into_iter().for_each(|site| test.runs_at(site));
+        assert!(test.recovered().await.is_empty());
+        assert_eq!(test.gate().0, "hold");
+    }
 }
 
 #[tokio::test]
