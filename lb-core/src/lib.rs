@@ -1,7 +1,7 @@
 //! The domain core of Drover's data path.
 //!
 //! What lives here: the domain types, the map record layouts, header parsing, consistent hashing,
-//! [`decide`] and the header rewriting. The same code runs in the kernel (over BPF maps and checked
+//! [`decide()`] and the header rewriting. The same code runs in the kernel (over BPF maps and checked
 //! packet pointers), in user space and in the tests as the oracle.
 //!
 //! What does not: anything that can fail for an outside reason. No clock, no I/O, no allocation, no
