@@ -43,13 +43,22 @@ fn locations() -> [Location; 4] {
 /// The kernel's side: the program over maps pinned for this test alone.
 struct Kernel {
     ebpf: Ebpf,
-    pins: PathBuf,
+    /// Removed last.
+    _pins: Pins,
+}
+
+struct Pins(PathBuf);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Kernel {
     fn load() -> Self {
-        let pins = PathBuf::from(format!("/sys/fs/bpf/drover-differential-{}", std::process::id()));
-        Self { ebpf: program::load(&pins).expect("root, and a kernel with XDP"), pins }
+        let pins = Pins(PathBuf::from(format!("/sys/fs/bpf/drover-differential-{}", std::process::id())));
+        Self { ebpf: program::load(&pins.0).expect("root, and a kernel with XDP"), _pins: pins }
     }
 
     fn run(&mut self, frame: &[u8]) -> (u32, Vec<u8>) {
@@ -71,12 +80,6 @@ impl Kernel {
 
     fn get<const N: usize, T: Record>(&mut self, name: &str, index: u32) -> T {
         from_bytes(&self.array::<[u8; N]>(name).get(&index, 0).unwrap())
-    }
-}
-
-impl Drop for Kernel {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.pins);
     }
 }
 

@@ -100,6 +100,16 @@ impl Drill {
         assert!(open.is_some(), "{:#}", self.backend());
     }
 
+    /// Waits until every migration has come to its end: an open gate is not yet one.
+    fn nothing_runs(&self) {
+        wait_for(LIMIT, || {
+            let (_, migrations) = self.stack.admin("GET", "/v1/migrations", None).unwrap();
+            let mut all = migrations.as_array().unwrap().iter();
+            all.all(|migration| migration["state"] != "running").then_some(())
+        })
+        .expect("every migration ends");
+    }
+
     /// Waits until a phase of a migration has begun.
     fn reaches(&self, id: &str, phase: &str) {
         let path = format!("/v1/migrations/{id}");
@@ -315,6 +325,7 @@ fn a_daemon_killed_in_a_migration_is_recovered_from() {
         drill.stack.kill_daemon();
         drill.stack.restart_daemon().unwrap();
         drill.is_open();
+        drill.nothing_runs();
         drill.goes_on();
     }
     let away = if drill.backend()["location"] == Site::A.name() { Site::B } else { Site::A };
