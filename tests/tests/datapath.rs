@@ -398,6 +398,20 @@ fn a_site_that_is_not_the_location_is_not_heard() {
 }
 
 #[test]
+fn a_site_without_a_route_is_refused_and_nothing_changes() {
+    let bench = Bench::new();
+    let _server = UdpServer::start(&bench.lab, Site::A, false);
+    let client = udp_client(&bench.lab, false);
+    let mut plan = plan();
+    plan.sites.push(SitePlan { name: "nowhere".into(), next_hop: "192.0.2.1".parse().unwrap() });
+    plan.services.clear();
+    let error = bench.datapath().install(&plan).unwrap_err().to_string();
+    assert!(error.contains("nowhere") && error.contains("no route to 192.0.2.1"), "{error}");
+    assert_eq!(bench.datapath().site("nowhere"), None);
+    assert_eq!(ask(&client, 1), Site::A, "the services are still there");
+}
+
+#[test]
 fn traffic_outlives_the_daemon_and_the_next_one_takes_over() {
     let mut bench = Bench::new();
     let server = UdpServer::start(&bench.lab, Site::A, false);

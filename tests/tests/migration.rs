@@ -5,16 +5,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bench::driver::{self, Load, Running, Source};
+use bench::probe::wait_until_it_answers;
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
 use lab::stack::{Stack, StackOptions, Workload};
-use lab::{Lab, Site, wait_for};
+use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
 
 const CLIENTS: u32 = 20;
@@ -149,6 +151,50 @@ fn a_server_moves_there_and_back_under_its_clients() {
         }
         drill.must_be_whole();
     }
+}
+
+#[test]
+fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
+    let lab = Lab::new().unwrap();
+    let scenario = Scenario::OpenArena;
+    let address = SocketAddr::new(address::backend4(1).into(), scenario.port());
+    let home = lab.dir().join("home");
+    std::fs::create_dir(&home).unwrap();
+    let workload = Workload {
+        name: "arena".to_owned(),
+        address,
+        protocol: lab::stack::Protocol::Udp,
+        command: scenario.command(address, &home).unwrap(),
+        dir: None,
+        site: Site::A,
+        service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
+    };
+    let target = workload.service;
+    let stack =
+        Stack::start(lab, StackOptions { workloads: vec![workload], ..StackOptions::default() }).unwrap();
+    // Below what the server grants to all of its askers together.
+    let load = Load {
+        target,
+        source: Source::Any,
+        clients: 8,
+        rate_per_s: 6.0,
+        connect_timeout: LIMIT,
+        drain: Duration::from_secs(3),
+    };
+    let clients = stack.lab().client().run(|| {
+        wait_until_it_answers(target, scenario.protocol().as_ref(), LIMIT).unwrap();
+        driver::connect(load, scenario.protocol()).unwrap().start().unwrap()
+    });
+    for to in [Site::B, Site::A] {
+        std::thread::sleep(Duration::from_millis(500));
+        let id = stack.start_migration("arena", to, &Value::Null).unwrap();
+        let migration = stack.finished_migration(&id, LIMIT).unwrap();
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let timeline = clients.stop().unwrap();
+    assert_eq!((timeline.faults.lost, timeline.faults.duplicated), (0, 0), "{:?}", timeline.errors);
+    assert!(timeline.answered() >= 6, "{}", timeline.answered());
 }
 
 #[test]

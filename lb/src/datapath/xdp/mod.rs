@@ -91,14 +91,14 @@ impl Datapath for XdpDatapath {
     }
 
     fn stage(&self, backend: BackendNumber, site: SiteNumber) -> Result<(), DatapathError> {
-        let next_hop = self.tables().next_hop(site).ok_or_else(|| DatapathError::Unreachable {
-            site: format!("number {}", site.0),
-            reason: "it is not in the configuration any more".into(),
-        })?;
-        let link = self.sites.probe(next_hop).map_err(|error| DatapathError::Unreachable {
-            site: format!("at {next_hop}"),
-            reason: error.to_string(),
-        })?;
+        let (name, next_hop) = {
+            let tables = self.tables();
+            (tables.site_name(site), tables.next_hop(site))
+        };
+        let unreachable = |reason: String| DatapathError::Unreachable { site: name.clone(), reason };
+        let next_hop =
+            next_hop.ok_or_else(|| unreachable("it is not in the configuration any more".to_owned()))?;
+        let link = self.sites.probe(next_hop).map_err(|error| unreachable(error.to_string()))?;
         self.sites.keep(site, next_hop, link);
         self.shared.stage(backend, self.shared.state(backend).spare(), site);
         Ok(())

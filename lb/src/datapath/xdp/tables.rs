@@ -84,6 +84,13 @@ impl Tables {
         self.next_hops.get(&site).copied()
     }
 
+    /// The name of a site, for messages.
+    pub fn site_name(&self, site: SiteNumber) -> String {
+        let name =
+            self.site_numbers.iter().find_map(|(name, number)| (*number == site).then(|| name.clone()));
+        name.unwrap_or_else(|| format!("number {}", site.0))
+    }
+
     /// Writes a plan. Whatever can be refused is refused before the first write.
     pub fn install(&mut self, plan: &Plan, sites: &Sites) -> Result<(), DatapathError> {
         let links = probe(plan, sites)?;
