@@ -175,6 +175,8 @@ impl Worker {
     fn run(mut self) {
         // The default slack of 50 us would double the poll's period.
         let _ = set_timerslack(1);
+        // How many frames waited when the processor was last given up in a replay.
+        let mut yielded_at = usize::MAX;
         while !self.stopping.load(Acquire) {
             let sessions = self.sessions.clone();
             let mut sessions = lock(&sessions);
@@ -184,12 +186,22 @@ impl Worker {
             for (backend, session) in sessions.iter_mut() {
                 sent += self.serve(*backend, session);
             }
+            let waiting: usize = sessions.values().map(|session| session.queue.len()).sum();
             drop(sessions);
-            match (idle, taken + sent) {
-                (true, _) => thread::park(),
-                (false, 0) => thread::park_timeout(POLL),
-                // A replay must not keep the restored server from its processor.
-                _ => thread::yield_now(),
+            if idle {
+                thread::park();
+            } else if sent > 0 {
+                // A replay must not keep the restored server from its processor; yet on a busy machine each time
+                // may cost milliseconds, so that it has to have come a good part further since the last one.
+                if waiting < yielded_at / 4 * 3 {
+                    yielded_at = waiting;
+                    thread::yield_now();
+                }
+            } else {
+                yielded_at = usize::MAX;
+                if taken == 0 {
+                    thread::park_timeout(POLL);
+                }
             }
         }
     }
