@@ -2,8 +2,8 @@
 //!
 //! Every demo, test and benchmark of a migration writes the same fields, so that any two runs can be
 //! compared. A run with several migrations fills the single fields like this: times (`freeze_ms`,
-//! `flip_us`, `first_replay_us`) and `image_bytes` are the largest of any migration, counts of packets and
-//! `sent_bytes` are sums, `phases` are the last migration's, and `outcome` is the worst. Each migration by
+//! `flip_us`, `first_replay_us`) are medians over the migrations, `image_bytes` is the largest, counts of packets
+//! and `sent_bytes` are sums, `phases` are the last migration's, and `outcome` is the worst. Each migration by
 //! itself is in `migrations`.
 
 use serde::{Deserialize, Serialize};
@@ -239,7 +239,9 @@ impl DrillReport {
             all_stalls.extend(stalls);
         }
         let coordinated = || migrations.iter().map(|migration| &migration.coordinated);
-        let largest = |value: fn(&Coordinated) -> f64| coordinated().map(value).fold(0.0, f64::max);
+        let median = |value: fn(&Coordinated) -> Option<f64>| {
+            Percentiles::of(coordinated().filter_map(value).collect()).p50
+        };
         let sum = |value: fn(&Coordinated) -> u64| coordinated().map(value).sum();
         let faults = timeline.faults;
         let Verification { forgotten, extra } = verification.unwrap_or_default();
@@ -255,11 +257,11 @@ impl DrillReport {
             duplicated: faults.duplicated.max(extra),
             reordered: faults.reordered,
             resets: faults.resets,
-            freeze_ms: largest(|report| report.freeze_ms),
+            freeze_ms: median(|report| Some(report.freeze_ms)),
             stall_ms: percentiles(&all_stalls, |stall| stall.stall_ms),
             added_stall_ms: percentiles(&all_stalls, |stall| stall.added_ms),
-            flip_us: largest(|report| report.flip_us),
-            first_replay_us: largest(|report| report.first_replay_us.unwrap_or_default()),
+            flip_us: median(|report| Some(report.flip_us)),
+            first_replay_us: median(|report| report.first_replay_us),
             held_packets: sum(|report| report.held_packets),
             held_bytes: sum(|report| report.held_bytes),
             dropped_packets: sum(|report| report.dropped_packets),
@@ -370,7 +372,7 @@ mod tests {
         worse.coordinated.phases.truncate(1);
         let report = DrillReport::new(setting(), &timeline(1, vec![]), &[migration(), worse], None);
         assert_eq!(report.outcome, Outcome::RolledBack);
-        assert_eq!((report.flip_us, report.first_replay_us), (90.0, 500.0));
+        assert_eq!((report.flip_us, report.first_replay_us), (80.0, 500.0));
         assert_eq!((report.held_packets, report.dropped_packets, report.sent_bytes), (8, 2, 4000));
         assert_eq!((report.image_bytes, report.phases.len()), (3000, 1));
         let none = DrillReport::new(setting(), &timeline(1, vec![]), &[], None);
