@@ -15,7 +15,7 @@ use bench::probe::wait_until_it_answers;
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
-use lab::stack::{Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
 
@@ -31,7 +31,10 @@ struct Drill {
 
 impl Drill {
     fn new(workload: Workload) -> Self {
-        Self::with(StackOptions { workloads: vec![workload], ..StackOptions::default() })
+        // A large server's move takes seconds where other tests take the processors; deadlines have tests of their own.
+        let hold =
+            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
+        Self::with(StackOptions { workloads: vec![workload], hold, ..StackOptions::default() })
     }
 
     fn with(options: StackOptions) -> Self {
