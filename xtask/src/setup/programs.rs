@@ -25,6 +25,8 @@ const PROGRAMS: &[Program] = &[
     tool("nft", "nftables", "silences a frozen server's address"),
     tool("unshare", "util-linux", "gives a workload its own process numbers"),
     tool("mount", "mount", "used by tests of the lab"),
+    tool("kill", "procps", "ends what a lab test started"),
+    tool("redis-cli", "redis-tools", "fills a workload of tests"),
     server("redis-server", "a workload of tests and demo"),
     server("openarena-server", "a workload of tests and demo"),
 ];
