@@ -18,6 +18,7 @@
 extern crate std;
 
 pub mod checksum;
+pub mod decapsulate;
 pub mod decide;
 pub mod family;
 pub mod gate;

@@ -155,7 +155,7 @@ impl Frame {
     }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().into(),
         IpAddr::V6(v6) => v6.octets().into(),
@@ -163,7 +163,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 /// The Internet checksum (RFC 1071) over parts of which only the last may have an odd length.
-fn sum(parts: &[&[u8]]) -> [u8; 2] {
+pub(super) fn sum(parts: &[&[u8]]) -> [u8; 2] {
     let words = parts.iter().flat_map(|part| part.chunks(2));
     let total = words.map(|word| u16::from_be_bytes([word[0], *word.get(1).unwrap_or(&0)]) as u64).sum();
     (!fold(total)).to_be_bytes()

@@ -3,6 +3,8 @@
 
 pub mod frame;
 pub mod tables;
+pub mod tunnel;
 
 pub use frame::{Frame, FrameBuilder, Segment};
 pub use tables::HostTables;
+pub use tunnel::{HostTunnels, Outer};
