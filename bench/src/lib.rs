@@ -8,6 +8,7 @@
 //! stall      what a migration cost each client, from a timeline
 //! report     the drill report, as JSON
 //! picture, table   the same for a terminal
+//! plot       bar charts as SVG
 //! scenario   the real servers that drills run against
 //! probe, verify   wait until a server answers; ask it what it counted
 //! ```
@@ -18,6 +19,7 @@
 pub mod clock;
 pub mod driver;
 pub mod picture;
+pub mod plot;
 pub mod probe;
 pub mod protocol;
 pub mod report;
