@@ -108,20 +108,11 @@ fn open(lab: &Lab) -> (XdpDatapath, UnboundedReceiver<Event>) {
 }
 
 fn plan() -> Plan {
-    let sites = Site::ALL
-        .map(|site| SitePlan { name: site.name().into(), next_hop: address::site4(site).into() })
-        .into();
-    let backend = |name: &str, ip: IpAddr| BackendPlan {
-        name: name.into(),
-        address: SocketAddr::new(ip, PORT),
-        site: Site::A.name().into(),
-        weight: 100,
-    };
-    let service = |v6: bool, protocol: Protocol| ServicePlan {
-        name: format!("{protocol:?}-{v6}"),
-        address: virtual_address(v6),
-        protocol,
-        backends: vec![if v6 { "six" } else { "four" }.into()],
+    let sites = Site::ALL.map(|site| SitePlan::new(site.name(), address::site4(site).into())).into();
+    let backend = |name: &str, ip: IpAddr| BackendPlan::new(name, SocketAddr::new(ip, PORT), Site::A.name());
+    let service = |v6: bool, protocol: Protocol| {
+        let backends = vec![if v6 { "six" } else { "four" }.into()];
+        ServicePlan::new(format!("{protocol:?}-{v6}"), virtual_address(v6), protocol, backends)
     };
     Plan {
         sites,
@@ -408,7 +399,7 @@ fn a_site_without_a_route_is_refused_and_nothing_changes() {
     let _server = UdpServer::start(&bench.lab, Site::A, false);
     let client = udp_client(&bench.lab, false);
     let mut plan = plan();
-    plan.sites.push(SitePlan { name: "nowhere".into(), next_hop: "192.0.2.1".parse().unwrap() });
+    plan.sites.push(SitePlan::new("nowhere", "192.0.2.1".parse().unwrap()));
     plan.services.clear();
     let error = bench.datapath().install(&plan).unwrap_err().to_string();
     assert!(error.contains("nowhere") && error.contains("no route to 192.0.2.1"), "{error}");

@@ -4,7 +4,9 @@
 //! reported at once, each with its line and field. What is not here: whether the machine can do what the
 //! file asks for (interfaces exist, next hops resolve); the datapath finds that out.
 
+mod check;
 mod error;
+mod limits;
 mod prefix;
 mod raw;
 mod read;
@@ -16,7 +18,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use check::{Check, CheckPlan, Probe};
 pub use error::{ConfigError, ConfigErrors, LoadError};
+pub use limits::{FlowTimes, Limits};
 pub use prefix::{Family, Prefix};
 
 use crate::datapath::{HoldLimits, Plan, Protocol};
@@ -30,8 +34,12 @@ pub struct Config {
     pub datapath: Datapath,
     /// What a hold is when its request does not say.
     pub hold: Hold,
+    /// After how long without a packet flows are forgotten.
+    pub flows: FlowTimes,
     /// Sites, backends and services.
     pub plan: Plan,
+    /// How backends are found to be up or down; a backend that is not here counts as up.
+    pub checks: Vec<CheckPlan>,
     /// Base address of each site's migrate agent (`http://10.2.1.1:7401`), by site. Sites without one can
     /// take part in a cutover, not in a migration.
     pub agents: BTreeMap<String, String>,
@@ -53,10 +61,25 @@ pub struct Datapath {
     pub interfaces: Vec<String>,
     /// Folder in a BPF file system where maps and programs are pinned.
     pub pin_path: PathBuf,
+    /// At which hook of the kernel packets are taken.
+    pub hook: HookChoice,
+    /// Sizes of the tables.
+    pub limits: Limits,
     /// Source addresses of the load balancer towards IPv4 backends.
     pub nat_source4: Option<Prefix<std::net::Ipv4Addr>>,
     /// Source addresses of the load balancer towards IPv6 backends.
     pub nat_source6: Option<Prefix<std::net::Ipv6Addr>>,
+}
+
+/// At which hook of the kernel packets are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HookChoice {
+    /// In the driver, before the kernel makes anything of a packet.
+    Xdp,
+    /// In traffic control, where packets of virtual interfaces still are large segments.
+    Tc,
+    /// `Tc` where every interface is virtual, else `Xdp`.
+    Auto,
 }
 
 /// Bounds and defaults of holds.

@@ -1,5 +1,7 @@
 //! The configuration as the file says it: right types, no meaning checked yet.
 
+use std::ops::Range;
+
 use toml::de::DeTable;
 
 use super::error::Collector;
@@ -13,6 +15,8 @@ pub(super) struct Raw {
     pub(super) admin: Admin,
     pub(super) datapath: Datapath,
     pub(super) hold: Hold,
+    pub(super) flows: Flows,
+    pub(super) limits: Limits,
     pub(super) sites: Vec<Site>,
     pub(super) backends: Vec<Backend>,
     pub(super) services: Vec<Service>,
@@ -28,6 +32,7 @@ pub(super) struct Admin {
 pub(super) struct Datapath {
     pub(super) interfaces: Option<Field<Vec<String>>>,
     pub(super) pin_path: Text,
+    pub(super) hook: Text,
     pub(super) nat_source4: Text,
     pub(super) nat_source6: Text,
 }
@@ -40,9 +45,34 @@ pub(super) struct Hold {
     pub(super) overflow: Text,
 }
 
+#[derive(Default)]
+pub(super) struct Flows {
+    pub(super) tcp_idle_s: Number,
+    pub(super) tcp_half_open_s: Number,
+    pub(super) tcp_closing_s: Number,
+    pub(super) udp_idle_s: Number,
+}
+
+#[derive(Default)]
+pub(super) struct Limits {
+    pub(super) flows: Number,
+    pub(super) newcomers: Number,
+    pub(super) services: Number,
+    pub(super) backends: Number,
+    pub(super) members: Number,
+    pub(super) sites: Number,
+    pub(super) new_flows_per_second_per_cpu: Number,
+    pub(super) new_flows_per_second_per_prefix: Number,
+}
+
 pub(super) struct Site {
     pub(super) name: Text,
+    /// The table's place, for what is missing in it.
+    pub(super) at: Range<usize>,
+    pub(super) path: String,
     pub(super) next_hop: Text,
+    pub(super) tunnel: Text,
+    pub(super) tunnel_source: Text,
     pub(super) agent: Text,
 }
 
@@ -51,6 +81,8 @@ pub(super) struct Backend {
     pub(super) address: Text,
     pub(super) site: Text,
     pub(super) weight: Number,
+    pub(super) drain: Option<Field<bool>>,
+    pub(super) check: Option<Check>,
 }
 
 pub(super) struct Service {
@@ -58,10 +90,35 @@ pub(super) struct Service {
     pub(super) address: Text,
     pub(super) protocol: Text,
     pub(super) backends: Option<Field<Vec<String>>>,
+    pub(super) mode: Text,
+    pub(super) during_hold: Text,
+    pub(super) slow_start_s: Number,
+    pub(super) all_down: Text,
+    pub(super) check: Option<Check>,
+}
+
+/// A `check` table: of a service, or what a backend has otherwise than its services.
+#[derive(Clone, Default)]
+pub(super) struct Check {
+    pub(super) at: Range<usize>,
+    pub(super) path: String,
+    pub(super) kind: Text,
+    pub(super) interval_ms: Number,
+    pub(super) timeout_ms: Number,
+    pub(super) rise: Number,
+    pub(super) fall: Number,
+    pub(super) http_path: Text,
+    pub(super) http_status: Option<Field<toml::Value>>,
+    pub(super) http_host: Text,
+    pub(super) send: Text,
+    pub(super) send_hex: Text,
+    pub(super) expect: Text,
+    pub(super) expect_hex: Text,
+    pub(super) resets_per_s: Number,
 }
 
 /// Reads the file's tables. `None` when the text is not TOML; the errors then say where.
-pub(super) fn read(text: &str, errors: &mut Collector<'_>) -> Option<Raw> {
+pub(super) fn read(text: &str, errors: &mut Collector) -> Option<Raw> {
     let (document, syntax) = DeTable::parse_recoverable(text);
     for error in &syntax {
         errors.push(&error.span().unwrap_or(0..0), "", error.message().trim_end());
@@ -85,6 +142,8 @@ pub(super) fn read(text: &str, errors: &mut Collector<'_>) -> Option<Raw> {
             }
         },
         hold: top.table("hold", errors).map(|t| hold(t, errors)).unwrap_or_default(),
+        flows: top.table("flows", errors).map(|t| flows(t, errors)).unwrap_or_default(),
+        limits: top.table("limits", errors).map(|t| limits(t, errors)).unwrap_or_default(),
         sites: top.tables("sites", errors).into_iter().map(|t| site(t, errors)).collect(),
         backends: top.tables("backends", errors).into_iter().map(|t| backend(t, errors)).collect(),
         services: top.tables("services", errors).into_iter().map(|t| service(t, errors)).collect(),
@@ -102,7 +161,7 @@ pub(super) fn read(text: &str, errors: &mut Collector<'_>) -> Option<Raw> {
     Some(raw)
 }
 
-fn admin(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Admin {
+fn admin(mut table: Reader<'_>, errors: &mut Collector) -> Admin {
     let admin = Admin {
         listen: table.optional("listen", errors),
         allow_remote: table.optional("allow_remote", errors),
@@ -111,10 +170,11 @@ fn admin(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Admin {
     admin
 }
 
-fn datapath(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Datapath {
+fn datapath(mut table: Reader<'_>, errors: &mut Collector) -> Datapath {
     let datapath = Datapath {
         interfaces: table.required("interfaces", errors),
         pin_path: table.optional("pin_path", errors),
+        hook: table.optional("hook", errors),
         nat_source4: table.optional("nat_source4", errors),
         nat_source6: table.optional("nat_source6", errors),
     };
@@ -122,7 +182,7 @@ fn datapath(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Datapath {
     datapath
 }
 
-fn hold(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Hold {
+fn hold(mut table: Reader<'_>, errors: &mut Collector) -> Hold {
     let hold = Hold {
         max_bytes: table.optional("max_bytes", errors),
         max_age_ms: table.optional("max_age_ms", errors),
@@ -133,34 +193,93 @@ fn hold(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Hold {
     hold
 }
 
-fn site(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Site {
+fn flows(mut table: Reader<'_>, errors: &mut Collector) -> Flows {
+    let flows = Flows {
+        tcp_idle_s: table.optional("tcp_idle_s", errors),
+        tcp_half_open_s: table.optional("tcp_half_open_s", errors),
+        tcp_closing_s: table.optional("tcp_closing_s", errors),
+        udp_idle_s: table.optional("udp_idle_s", errors),
+    };
+    table.finish(errors);
+    flows
+}
+
+fn limits(mut table: Reader<'_>, errors: &mut Collector) -> Limits {
+    let limits = Limits {
+        flows: table.optional("flows", errors),
+        newcomers: table.optional("newcomers", errors),
+        services: table.optional("services", errors),
+        backends: table.optional("backends", errors),
+        members: table.optional("members", errors),
+        sites: table.optional("sites", errors),
+        new_flows_per_second_per_cpu: table.optional("new_flows_per_second_per_cpu", errors),
+        new_flows_per_second_per_prefix: table.optional("new_flows_per_second_per_prefix", errors),
+    };
+    table.finish(errors);
+    limits
+}
+
+fn site(mut table: Reader<'_>, errors: &mut Collector) -> Site {
     let site = Site {
         name: table.required("name", errors),
-        next_hop: table.required("next_hop", errors),
+        at: table.at.clone(),
+        path: table.path.clone(),
+        next_hop: table.optional("next_hop", errors),
+        tunnel: table.optional("tunnel", errors),
+        tunnel_source: table.optional("tunnel_source", errors),
         agent: table.optional("agent", errors),
     };
     table.finish(errors);
     site
 }
 
-fn backend(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Backend {
+fn backend(mut table: Reader<'_>, errors: &mut Collector) -> Backend {
     let backend = Backend {
         name: table.required("name", errors),
         address: table.required("address", errors),
         site: table.required("site", errors),
         weight: table.optional("weight", errors),
+        drain: table.optional("drain", errors),
+        check: table.table("check", errors).map(|t| check(t, errors)),
     };
     table.finish(errors);
     backend
 }
 
-fn service(mut table: Reader<'_>, errors: &mut Collector<'_>) -> Service {
+fn service(mut table: Reader<'_>, errors: &mut Collector) -> Service {
     let service = Service {
         name: table.required("name", errors),
         address: table.required("address", errors),
         protocol: table.required("protocol", errors),
         backends: table.required("backends", errors),
+        mode: table.optional("mode", errors),
+        during_hold: table.optional("during_hold", errors),
+        slow_start_s: table.optional("slow_start_s", errors),
+        all_down: table.optional("all_down", errors),
+        check: table.table("check", errors).map(|t| check(t, errors)),
     };
     table.finish(errors);
     service
+}
+
+fn check(mut table: Reader<'_>, errors: &mut Collector) -> Check {
+    let check = Check {
+        at: table.at.clone(),
+        path: table.path.clone(),
+        kind: table.optional("type", errors),
+        interval_ms: table.optional("interval_ms", errors),
+        timeout_ms: table.optional("timeout_ms", errors),
+        rise: table.optional("rise", errors),
+        fall: table.optional("fall", errors),
+        http_path: table.optional("path", errors),
+        http_status: table.optional("status", errors),
+        http_host: table.optional("host", errors),
+        send: table.optional("send", errors),
+        send_hex: table.optional("send_hex", errors),
+        expect: table.optional("expect", errors),
+        expect_hex: table.optional("expect_hex", errors),
+        resets_per_s: table.optional("resets_per_s", errors),
+    };
+    table.finish(errors);
+    check
 }

@@ -53,7 +53,7 @@ impl<'i> Reader<'i> {
     pub(super) fn optional<T: DeserializeOwned>(
         &mut self,
         key: &'static str,
-        errors: &mut Collector<'_>,
+        errors: &mut Collector,
     ) -> Option<Field<T>> {
         let value = self.take(key)?;
         let at = value.span();
@@ -71,7 +71,7 @@ impl<'i> Reader<'i> {
     pub(super) fn required<T: DeserializeOwned>(
         &mut self,
         key: &'static str,
-        errors: &mut Collector<'_>,
+        errors: &mut Collector,
     ) -> Option<Field<T>> {
         if !self.left.iter().any(|(name, _)| name.get_ref() == key) {
             self.known.push(key);
@@ -82,7 +82,7 @@ impl<'i> Reader<'i> {
     }
 
     /// A table that may be absent.
-    pub(super) fn table(&mut self, key: &'static str, errors: &mut Collector<'_>) -> Option<Reader<'i>> {
+    pub(super) fn table(&mut self, key: &'static str, errors: &mut Collector) -> Option<Reader<'i>> {
         let value = self.take(key)?;
         let (at, path) = (value.span(), self.path_of(key));
         match value.into_inner() {
@@ -95,7 +95,7 @@ impl<'i> Reader<'i> {
     }
 
     /// A list of tables, empty when absent.
-    pub(super) fn tables(&mut self, key: &'static str, errors: &mut Collector<'_>) -> Vec<Reader<'i>> {
+    pub(super) fn tables(&mut self, key: &'static str, errors: &mut Collector) -> Vec<Reader<'i>> {
         let Some(value) = self.take(key) else { return Vec::new() };
         let (at, path) = (value.span(), self.path_of(key));
         let DeValue::Array(list) = value.into_inner() else {
@@ -114,7 +114,7 @@ impl<'i> Reader<'i> {
     }
 
     /// Reports what nobody asked for.
-    pub(super) fn finish(self, errors: &mut Collector<'_>) {
+    pub(super) fn finish(self, errors: &mut Collector) {
         for (key, _) in &self.left {
             let known = self.known.join(", ");
             errors.push(

@@ -51,6 +51,29 @@ pub struct SitePlan {
     pub name: String,
     /// Next hop; must be on a link of this machine or reachable by a route.
     pub next_hop: IpAddr,
+    /// Packets to the site are put into packets to this address.
+    pub tunnel: Option<Tunnel>,
+}
+
+impl SitePlan {
+    /// A site that is reached without a tunnel.
+    pub fn new(name: impl Into<String>, next_hop: IpAddr) -> Self {
+        Self { name: name.into(), next_hop, tunnel: None }
+    }
+
+    /// Whether packets to an address can be sent there: IPv4 carries IPv4 only, IPv6 carries both.
+    pub fn carries(&self, address: IpAddr) -> bool {
+        self.tunnel.is_none_or(|tunnel| tunnel.endpoint.is_ipv6() || address.is_ipv4())
+    }
+}
+
+/// A tunnel to a site: IP in IP (RFC 2003, RFC 2473).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Destination of the outer packets.
+    pub endpoint: IpAddr,
+    /// Their source; `None`: this machine's address on the way there.
+    pub source: Option<IpAddr>,
 }
 
 /// A backend as configured.
@@ -64,6 +87,15 @@ pub struct BackendPlan {
     pub site: String,
     /// Share of new flows beside its siblings, 1..=1000.
     pub weight: u32,
+    /// Whether the configuration wants no new flows on it.
+    pub drain: bool,
+}
+
+impl BackendPlan {
+    /// A backend with the usual weight.
+    pub fn new(name: impl Into<String>, address: SocketAddr, site: impl Into<String>) -> Self {
+        Self { name: name.into(), address, site: site.into(), weight: 100, drain: false }
+    }
 }
 
 /// A service as configured.
@@ -75,8 +107,69 @@ pub struct ServicePlan {
     pub address: SocketAddr,
     /// Transport protocol.
     pub protocol: Protocol,
+    /// What is done to packets on their way to a backend.
+    pub mode: Mode,
+    /// What becomes of new flows whose backend is held.
+    pub during_hold: DuringHold,
+    /// How long a backend that is new or came back takes to its full share; zero: no time.
+    pub slow_start: Duration,
+    /// What becomes of new flows when every backend is down.
+    pub all_down: AllDown,
     /// Names of its backends, at least one.
     pub backends: Vec<String>,
+    /// Their shares of new flows, in the same order: as configured, or what `control` made of it (0: none).
+    pub weights: Vec<u32>,
+}
+
+impl ServicePlan {
+    /// A service with everything as it is by default, all backends of the same weight.
+    pub fn new(
+        name: impl Into<String>,
+        address: SocketAddr,
+        protocol: Protocol,
+        backends: Vec<String>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            address,
+            protocol,
+            mode: Mode::Nat,
+            during_hold: DuringHold::Hold,
+            slow_start: Duration::ZERO,
+            all_down: AllDown::Open,
+            weights: vec![100; backends.len()],
+            backends,
+        }
+    }
+}
+
+/// What is done to packets on their way to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Source and destination are translated; replies come back to us by themselves.
+    Nat,
+    /// Only the destination is translated: the server sees the client, and its network sends replies through us.
+    Transparent,
+    /// Nothing is translated: the server holds the service's address and answers the client itself.
+    Dsr,
+}
+
+/// What becomes of new flows whose backend is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DuringHold {
+    /// They wait with the others.
+    Hold,
+    /// They go to another backend of the service.
+    Steer,
+}
+
+/// What becomes of new flows when every backend of a service is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AllDown {
+    /// They are sent as if all were up: checks may be what is broken.
+    Open,
+    /// They are dropped.
+    Closed,
 }
 
 /// What the tables say of one backend.

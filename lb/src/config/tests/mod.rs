@@ -1,7 +1,9 @@
 //! Files with mistakes, and what is said about them.
 
 use super::*;
-use crate::datapath::Overflow;
+use crate::datapath::{AllDown, DuringHold, Mode, Overflow};
+
+mod complete;
 
 const GOOD: &str = r#"
 [datapath]
@@ -69,6 +71,15 @@ fn defaults_are_filled_in() {
     assert!(!config.agents.contains_key("fra"));
     let weights: Vec<u32> = config.plan.backends.iter().map(|backend| backend.weight).collect();
     assert_eq!(weights, [100, 7]);
+    assert_eq!(config.datapath.hook, HookChoice::Auto);
+    assert_eq!(config.datapath.limits, Limits::default());
+    assert_eq!(config.flows, FlowTimes::default());
+    assert!(config.checks.is_empty() && config.plan.sites.iter().all(|site| site.tunnel.is_none()));
+    for (service, weight) in config.plan.services.iter().zip([100, 7]) {
+        let manners = (service.mode, service.during_hold, service.all_down, service.slow_start);
+        assert_eq!(manners, (Mode::Nat, DuringHold::Hold, AllDown::Open, Duration::ZERO));
+        assert_eq!(service.weights, [weight]);
+    }
     assert_eq!(config.protocol_of("chat-1"), Protocol::Tcp);
     assert_eq!(config.protocol_of("chat-6"), Protocol::Udp);
     assert!(config.warnings.is_empty());
@@ -109,7 +120,11 @@ fn each_mistake_has_its_own_line() {
         "sites[0].next_hop: \"gateway\" is not an IP address",
     );
     one("next_hop = \"10.2.1.1\"", "next_hop = \"0.0.0.0\"", "0.0.0.0 is the unspecified address");
-    one("next_hop = \"10.2.1.1\"", "", "t.toml:7: sites[0].next_hop: is missing");
+    one(
+        "next_hop = \"10.2.1.1\"",
+        "",
+        "t.toml:7: sites[0].next_hop: is missing: give next_hop, tunnel, or both",
+    );
     one("http://10.2.1.1:7401/", "10.2.1.1:7401", "sites[0].agent: ");
     one("http://10.2.1.1:7401/", "https://10.2.1.1:7401", "does not start with http://");
     one("http://10.2.1.1:7401/", "http://10.2.1.1", "has no port");
@@ -200,7 +215,7 @@ fn all_mistakes_are_reported_at_once_in_the_order_of_lines() {
     let text = GOOD
         .replace("weight = 7", "weight = 0\ncolour = 'red'")
         .replace("10.2.2.1", "nowhere")
-        .replace("protocol = \"tcp\"", "protocol = \"sctp\"\nmode = 'nat'");
+        .replace("protocol = \"tcp\"", "protocol = \"sctp\"\nmode = 'ipvs'");
     let said = errors(&text);
     let fields: Vec<&str> = said.iter().map(|line| line.split(": ").nth(1).unwrap()).collect();
     assert_eq!(
