@@ -7,6 +7,7 @@
 //!
 //! * [`config`] is the file, checked, all its mistakes at once.
 //! * [`datapath`] carries packets: the trait, and XDP.
+//! * [`capture`] writes sampled packets for Wireshark.
 //! * [`control`] decides what happens to a backend's packets: a pure state machine and its driver.
 //! * [`migrations`] knows those under way and those that ended, and ends what a former daemon left behind.
 //! * [`admin`] is the HTTP API.
@@ -16,6 +17,7 @@
 //! What is not here: parsing and rewriting of packets (`lb-core`), and checkpoint and restore (`migrate`).
 
 pub mod admin;
+pub mod capture;
 pub mod cli;
 pub mod client;
 pub mod config;

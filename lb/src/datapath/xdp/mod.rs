@@ -6,6 +6,8 @@
 //!              sender <----- queue <------ pump <----------- CAPTURE ring
 //! ```
 
+pub mod batch;
+mod bpf;
 mod locator;
 mod mapped;
 mod maps;
@@ -16,6 +18,7 @@ mod sender;
 mod shared;
 mod sites;
 mod tables;
+pub mod ticks;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

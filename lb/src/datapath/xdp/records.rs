@@ -11,6 +11,10 @@ use lb_core::record::{
 /// The type has no padding and every bit pattern is valid for it.
 pub unsafe trait Record: Sized {}
 
+// SAFETY: a number.
+unsafe impl Record for u32 {}
+// SAFETY: a number.
+unsafe impl Record for u64 {}
 // SAFETY: `repr(C)`, fields of integers and arrays of them, sizes asserted in lb-core to leave no padding.
 unsafe impl<const W: usize> Record for FlowKey<W> {}
 // SAFETY: as above.
