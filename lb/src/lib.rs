@@ -9,6 +9,7 @@
 //! * [`datapath`] carries packets: the trait, and XDP.
 //! * [`capture`] writes sampled packets for Wireshark.
 //! * [`control`] decides what happens to a backend's packets: a pure state machine and its driver.
+//! * [`health`] finds out which backends do their work.
 //! * [`migrations`] knows those under way and those that ended, and ends what a former daemon left behind.
 //! * [`admin`] is the HTTP API.
 //! * [`run`] puts the daemon together and takes it apart.
@@ -23,6 +24,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod health;
 #[cfg(test)]
 mod memory;
 pub mod migrations;
