@@ -11,6 +11,8 @@
 //! plot       bar charts as SVG
 //! scenario   the real servers that drills run against
 //! probe, verify   wait until a server answers; ask it what it counted
+//! path       the load of the path benchmark, and its report
+//! interrupt  Ctrl-C
 //! ```
 //!
 //! The `drill` binary puts these together with a lab and the load balancer. Nothing in this library
@@ -18,6 +20,8 @@
 
 pub mod clock;
 pub mod driver;
+pub mod interrupt;
+pub mod path;
 pub mod picture;
 pub mod plot;
 pub mod probe;

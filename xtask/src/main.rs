@@ -30,7 +30,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     /// Looks for what the work needs and installs what is missing (Debian; elsewhere it says what to install)
-    Setup,
+    Setup {
+        /// Also the other load balancers that `bench path` measures
+        #[arg(long)]
+        bench: bool,
+    },
     /// The main job in a lab: live servers move between two sites under live clients
     #[command(disable_help_flag = true)]
     Demo {
@@ -44,9 +48,12 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
-    /// Measures (not there yet)
+    /// Measures
+    #[command(disable_help_flag = true)]
     Bench {
-        /// What to measure, with its flags
+        /// What to measure
+        what: bench::Bench,
+        /// Given to the benchmark; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         flags: Vec<OsString>,
     },
@@ -54,10 +61,13 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().task {
-        Task::Setup => setup::run(setup::Scope::Everything, setup::Show::Everything),
+        Task::Setup { bench } => {
+            let more = if bench { setup::run(setup::Scope::Bench, setup::Show::Changes) } else { Ok(()) };
+            more.and_then(|()| setup::run(setup::Scope::Everything, setup::Show::Everything))
+        }
         Task::Demo { flags } => demo::run(&flags),
         Task::Test { quick } => test::run(quick),
-        Task::Bench { flags } => bench::run(&flags),
+        Task::Bench { what, flags } => bench::run(what, &flags),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

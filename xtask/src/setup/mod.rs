@@ -23,6 +23,8 @@ pub enum Scope {
     Checks,
     /// Build and labs, no checks.
     Demo,
+    /// Build, labs, and what Drover is measured beside; nothing migrates.
+    Bench,
 }
 
 /// Which lines are printed.
@@ -68,9 +70,14 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
     if scope != Scope::Checks {
         report("BPF file system", kernel::provide_bpffs());
         programs::provide(&mut report);
+    }
+    if scope == Scope::Bench {
+        programs::provide_peers(&mut report);
+    }
+    if matches!(scope, Scope::Everything | Scope::Demo) {
         report("CRIU", criu::provide());
     }
-    if scope != Scope::Demo {
+    if matches!(scope, Scope::Everything | Scope::Checks) {
         tools::provide(&mut report);
     }
     match missing {

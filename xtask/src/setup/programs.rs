@@ -1,5 +1,7 @@
 //! Programs that labs, tests and demo start.
 
+use std::path::Path;
+
 use super::{State, announce, debian, missing};
 use crate::shell;
 
@@ -9,6 +11,17 @@ struct Program {
     purpose: &'static str,
     /// The service that the package brings, if any.
     service: Option<&'static str>,
+}
+
+impl Program {
+    /// A name with slashes is a file that is not a program.
+    fn is_there(&self) -> bool {
+        if self.name.contains('/') {
+            Path::new(self.name).is_file()
+        } else {
+            shell::which(self.name).is_some()
+        }
+    }
 }
 
 const fn tool(name: &'static str, package: &'static str, purpose: &'static str) -> Program {
@@ -31,10 +44,33 @@ const PROGRAMS: &[Program] = &[
     server("openarena-server", "a workload of tests and demo"),
 ];
 
+/// What Drover is measured beside. A benchmark leaves out what is not there.
+const PEERS: &[Program] = &[
+    tool("iperf3", "iperf3", "measures throughput in benchmarks"),
+    server("haproxy", "measured beside Drover"),
+    Program {
+        name: "nginx",
+        package: "nginx-light",
+        purpose: "measured beside Drover",
+        service: Some("nginx"),
+    },
+    tool("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", "nginx's TCP and UDP proxy"),
+];
+
 /// Reports each program; installs the missing ones with one call.
 pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
-    let (found, absent): (Vec<_>, Vec<_>) =
-        PROGRAMS.iter().partition(|program| shell::which(program.name).is_some());
+    provide_all(PROGRAMS, report);
+}
+
+/// The same with what benchmarks compare Drover with; nothing of it has to be there.
+pub(super) fn provide_peers(report: &mut impl FnMut(&str, State)) {
+    provide_all(PEERS, &mut |name: &str, state: State| {
+        report(name, if let State::Missing(text) = state { State::Optional(text) } else { state });
+    });
+}
+
+fn provide_all(programs: &[Program], report: &mut impl FnMut(&str, State)) {
+    let (found, absent): (Vec<_>, Vec<_>) = programs.iter().partition(|program| program.is_there());
     for program in found {
         report(program.name, State::Found(program.purpose.to_owned()));
     }
@@ -47,7 +83,7 @@ pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
     let installed = debian::install(&packages);
     for program in absent {
         let state = match &installed {
-            Ok(()) if shell::which(program.name).is_some() => {
+            Ok(()) if program.is_there() => {
                 program.service.into_iter().for_each(debian::disable_service);
                 State::Installed(format!("{} (package {})", program.purpose, program.package))
             }

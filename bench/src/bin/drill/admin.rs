@@ -9,7 +9,7 @@ use bench::report::{Coordinated, Phase};
 use lab::{Namespace, address};
 use serde::Deserialize;
 
-use crate::interrupt::{Interrupt, NOTICED_WITHIN};
+use bench::interrupt::{Interrupt, NOTICED_WITHIN};
 
 /// A finished migration, as `GET /v1/migrations/{id}` and the last event have it.
 #[derive(Clone, Debug, Deserialize)]

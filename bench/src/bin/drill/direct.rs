@@ -11,9 +11,9 @@ use bench::protocol::Transport;
 use bench::report::{DrillReport, Setting};
 
 use crate::args::Args;
-use crate::interrupt::Interrupt;
 use crate::narrator::Narrator;
 use crate::{migrating, summary};
+use bench::interrupt::Interrupt;
 
 /// How long the server may take to start.
 const START_LIMIT: Duration = Duration::from_secs(20);

@@ -7,13 +7,11 @@
 //! admin       the load balancer's admin API, as far as a drill needs it
 //! narrator    what is shown while a drill runs
 //! summary     what is shown at its end
-//! interrupt   Ctrl-C
 //! ```
 
 mod admin;
 mod args;
 mod direct;
-mod interrupt;
 mod migrating;
 mod narrator;
 mod summary;
@@ -25,7 +23,7 @@ use bench::report::{DrillReport, Outcome};
 use clap::Parser;
 
 use args::Args;
-use interrupt::{Interrupt, Interrupted};
+use bench::interrupt::{Interrupt, Interrupted};
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {

@@ -19,9 +19,9 @@ use lab::{Lab, Site, address};
 use serde_json::json;
 
 use crate::args::{Args, Datapath};
-use crate::interrupt::Interrupt;
 use crate::narrator::Narrator;
 use crate::{admin, summary};
+use bench::interrupt::{Interrupt, Interrupted};
 
 /// How long the service may take to answer through the load balancer.
 const SERVICE_LIMIT: Duration = Duration::from_secs(20);
@@ -62,7 +62,7 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> anyhow::Result<DrillReport> {
     let options = StackOptions { workloads: vec![workload], site_processors, ..StackOptions::default() };
     let stack = Stack::start(lab, options)?;
     let outcome = on_stack(args, interrupt, &narrator, &stack, service);
-    if outcome.as_ref().is_err_and(|error| !error.is::<crate::Interrupted>()) {
+    if outcome.as_ref().is_err_and(|error| !error.is::<Interrupted>()) {
         narrator.finish();
         show_logs(&stack);
     }

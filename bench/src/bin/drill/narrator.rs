@@ -9,7 +9,7 @@ use bench::report::{Outcome, Phase};
 use bench::table::number;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::interrupt::{Interrupt, NOTICED_WITHIN};
+use bench::interrupt::{Interrupt, NOTICED_WITHIN};
 
 /// Tells what happens.
 pub struct Narrator {

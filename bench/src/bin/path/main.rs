@@ -1,0 +1,65 @@
+//! `path`: what carries packets between a client and a server, side by side: plain routing, other load balancers and
+//! Drover, in turn on the same machine.
+//!
+//! ```text
+//! args      the command line
+//! worker    clients and servers, each a process of its own: the same program with other arguments
+//! place     a lab with links as they are to be, and addresses and settings for many connections
+//! systems   what is measured: how it is set up, and what it can carry
+//! measure   one system, one metric
+//! rounds    all systems in turn, several times
+//! summary   what is shown at the end, and the picture
+//! ```
+
+mod args;
+mod measure;
+mod place;
+mod rounds;
+mod summary;
+mod systems;
+mod worker;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use bench::interrupt::{Interrupt, Interrupted};
+use clap::Parser;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = match &args.command {
+        Some(Command::Worker(work)) => worker::run(work),
+        None => run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("interrupted; everything that was started is stopped");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("path: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures and reports. A goal that is missed is a finding, not a failure.
+fn run(args: &Args) -> anyhow::Result<()> {
+    let interrupt = Interrupt::watch().context("cannot watch for Ctrl-C")?;
+    let report = rounds::run(args, &interrupt)?;
+    print!("{}", summary::text(&report));
+    if let Some(path) = &args.report {
+        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
+        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        println!("\nreport written to {}", path.display());
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, summary::plot(&report))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        println!("plot written to {}", path.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+//! The systems: how each is set up between client and server, and what it can carry. Nothing of them is left when their
+//! place is gone.
+
+mod drover;
+mod haproxy;
+mod nftables;
+mod nginx;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use bench::path::report::Links;
+use lab::Site;
+use lab::address;
+use lab::process::Process;
+
+use crate::place::{Offloads, Place};
+
+/// What carries packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum System {
+    /// The kernel forwards; the client asks the server's own address.
+    Routing,
+    /// One nftables rule translates the virtual address.
+    NftDnat,
+    /// The same, and known flows bypass the kernel's forwarding.
+    NftFlowtable,
+    /// haproxy in TCP mode.
+    Haproxy,
+    /// nginx's stream module.
+    NginxStream,
+    /// Drover with its XDP program and NAT.
+    DroverXdpNat,
+}
+
+use System::{DroverXdpNat, Haproxy, NftDnat, NftFlowtable, NginxStream, Routing};
+
+/// A system that is set up. Dropping it ends its processes; its rules go with its place.
+pub struct Running {
+    _processes: Vec<Process>,
+}
+
+impl System {
+    /// All, in the order of the report.
+    pub const ALL: [System; 6] = [Routing, NftDnat, NftFlowtable, Haproxy, NginxStream, DroverXdpNat];
+
+    /// As in the report and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Routing => "routing",
+            NftDnat => "nft-dnat",
+            NftFlowtable => "nft-flowtable",
+            Haproxy => "haproxy",
+            NginxStream => "nginx-stream",
+            DroverXdpNat => "drover-xdp-nat",
+        }
+    }
+
+    /// The system of this name.
+    pub fn parse(name: &str) -> Result<System, String> {
+        let names = Self::ALL.map(System::name).join(", ");
+        Self::ALL.into_iter().find(|one| one.name() == name).ok_or(format!("expected one or more of {names}"))
+    }
+
+    /// The offloads for these links; none where they are what [`Links::Same`] are anyway.
+    pub fn offloads(self, links: Links) -> Option<Offloads> {
+        match (links, self) {
+            (Links::Same, _) => Some(Offloads::Off),
+            // XDP programs see frames as they are, which TSO and checksum offload leave unfinished.
+            (Links::Best, DroverXdpNat) => None,
+            (Links::Best, _) => Some(Offloads::On),
+        }
+    }
+
+    /// Whether it carries UDP.
+    pub fn has_udp(self) -> bool {
+        self != Haproxy
+    }
+
+    /// Where clients connect.
+    pub fn target(self, port: u16) -> SocketAddr {
+        let address = if self == Routing { address::backend4(1) } else { address::VIRTUAL4 };
+        SocketAddr::new(IpAddr::V4(address), port)
+    }
+
+    /// What is set and started for it, for the report.
+    pub fn describe(self) -> String {
+        match self {
+            Routing => "ip_forward = 1, the client asks the backend's address".to_owned(),
+            NftDnat => nftables::rules(false),
+            NftFlowtable => nftables::rules(true),
+            Haproxy => haproxy::CONFIG.to_owned(),
+            NginxStream => nginx::CONFIG.to_owned(),
+            DroverXdpNat => drover::CONFIG.to_owned(),
+        }
+    }
+
+    /// Why it cannot be measured here, if so.
+    pub fn missing(self) -> Option<String> {
+        let (program, package) = match self {
+            Routing => return None,
+            NftDnat | NftFlowtable => ("nft", "nftables"),
+            Haproxy => ("haproxy", "haproxy"),
+            NginxStream if nginx::module().is_none() => {
+                return Some(
+                    "nginx's stream module is not installed (package libnginx-mod-stream)".to_owned(),
+                );
+            }
+            NginxStream => ("nginx", "nginx-light"),
+            DroverXdpNat => return lab::program("lb").err().map(|error| error.to_string()),
+        };
+        find(program).is_none().then(|| format!("{program} is not installed (package {package})"))
+    }
+
+    /// Sets it up in a fresh place. It may take a moment until it carries packets.
+    pub fn start(self, place: &Place) -> anyhow::Result<Running> {
+        // All but Drover leave it to the kernel how the server is reached.
+        if self != DroverXdpNat {
+            place.lab().route(address::backend4(1).into(), Site::A)?;
+        }
+        let process = match self {
+            Routing => None,
+            NftDnat | NftFlowtable => {
+                nftables::start(place, self == NftFlowtable)?;
+                None
+            }
+            Haproxy => Some(haproxy::start(place)?),
+            NginxStream => Some(nginx::start(place)?),
+            DroverXdpNat => Some(drover::start(place)?),
+        };
+        Ok(Running { _processes: process.into_iter().collect() })
+    }
+}
+
+/// Finds an installed program; administrators' folders are not on everybody's path.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    folders.map(|folder| folder.join(program)).find(|path| path.is_file())
+}
+
+/// Writes a configuration file into the place's folder, with what is known only now put in.
+fn write_config(
+    place: &Place,
+    name: &str,
+    template: &str,
+    values: &[(&str, &Path)],
+) -> anyhow::Result<PathBuf> {
+    let known = [
+        ("VIRTUAL", address::VIRTUAL4.to_string()),
+        ("BACKEND", address::backend4(1).to_string()),
+        ("NEXT_HOP", address::site4(Site::A).to_string()),
+        ("NAT_SOURCE", address::NAT_SOURCE4.to_owned()),
+        ("ADMIN", address::ADMIN.to_owned()),
+    ];
+    let mut text = template.to_owned();
+    for (name, value) in known {
+        text = text.replace(name, &value);
+    }
+    for (name, value) in values {
+        text = text.replace(name, &value.display().to_string());
+    }
+    let path = place.lab().dir().join(name);
+    std::fs::write(&path, text)?;
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_system_is_found_by_its_name() {
+        for system in System::ALL {
+            assert_eq!(System::parse(system.name()), Ok(system));
+            assert!(system.offloads(Links::Same).is_some());
+        }
+        assert!(System::parse("ipvs").unwrap_err().contains("drover-xdp-nat"));
+    }
+}
