@@ -17,22 +17,33 @@
 #[cfg(feature = "host")]
 extern crate std;
 
+mod admit;
 pub mod checksum;
 pub mod decapsulate;
 pub mod decide;
+pub mod encapsulate;
 pub mod family;
+pub mod flow;
 pub mod gate;
 #[cfg(feature = "host")]
 pub mod host;
+mod icmp;
 pub mod maglev;
+pub mod name;
 pub mod packet;
 pub mod process;
 pub mod reason;
 pub mod record;
+pub mod tables;
 
-pub use decide::{Arrival, Tables, Verdict, decide};
+pub use admit::LOWEST_NAT_PORT;
+pub use decide::{Arrival, Verdict, decide};
+pub use encapsulate::encapsulate;
 pub use family::{Family, V4, V6};
+pub use flow::{Direction, Flow, FlowKey, Mode};
 pub use gate::{Gate, GateWord, Slot};
+pub use name::FragmentKey;
 pub use packet::Packet;
-pub use process::{Action, process};
+pub use process::{Action, Step, process, take, walk};
 pub use reason::{Class, Reason};
+pub use tables::Tables;

@@ -1,8 +1,23 @@
 //! Maglev consistent hashing (Eisenbud et al., NSDI 2016, section 3.4), with weights.
 
-/// Places of a ring: a prime, and a hundred times the backends that a service usually has at most, so that
-/// shares differ by about one in a hundred (section 5.3 of the paper). 128 KiB a service in the kernel.
-pub const RING_SIZE: u32 = 16_381;
+/// Sizes that a ring may have: primes. A hundred places for each backend keep shares within about one in a hundred
+/// (section 5.3 of the paper); beyond the largest, shares are coarser.
+pub const RING_SIZES: [u32; 6] = [251, 1021, 4093, 16_381, 65_521, 131_071];
+
+/// The size of a ring for so many backends.
+pub const fn ring_size(backends: usize) -> u32 {
+    let mut i = 0;
+    while i < RING_SIZES.len() - 1 && (RING_SIZES[i] as usize) < backends.saturating_mul(100) {
+        i += 1;
+    }
+    RING_SIZES[i]
+}
+
+/// The place of a flow in a ring of so many places.
+#[inline(always)]
+pub const fn place(hash: u64, places: u32) -> u32 {
+    (((hash >> 32) * places as u64) >> 32) as u32
+}
 
 /// A place of a ring without a backend.
 pub const NO_BACKEND: u32 = u32::MAX;
@@ -39,7 +54,7 @@ pub fn identity(name: &str) -> u64 {
 
 /// Fills a ring. Candidates should come in the same order everywhere, for example by name.
 ///
-/// `turns` is scratch space of the candidates' length; `ring` has [`RING_SIZE`] places (any prime will do).
+/// `turns` is scratch space of the candidates' length; the length of `ring` is one of [`RING_SIZES`] (any prime will do).
 ///
 /// # Panics
 /// If `turns` is shorter than `candidates`.

@@ -3,13 +3,39 @@
 //! A single bounds check gives an array whose constant indexes need no further one. That is the shape
 //! that the kernel's verifier follows, and on the host it is an ordinary slice conversion.
 
+use crate::reason::Reason;
+
 /// An Ethernet frame.
 pub trait Packet {
+    /// Whether transport checksums may be partial, to be completed by the kernel or the network card later. They are
+    /// then changed through [`Packet::mend_transport_checksum`] only.
+    const PARTIAL_CHECKSUMS: bool = false;
+
     /// The `N` bytes from `offset` on, or `None` where the frame is shorter.
     fn window<const N: usize>(&mut self, offset: usize) -> Option<&mut [u8; N]>;
 
     /// Length of the frame in bytes, with its link header.
     fn length(&self) -> usize;
+
+    /// Payload bytes of each segment where the frame stands for many; 0 where it is one packet.
+    fn segment(&self) -> usize {
+        0
+    }
+
+    /// Makes room for an outer IP header of `N` bytes before the inner one. Everything before the inner header, the
+    /// link header too, is to be written anew.
+    fn insert<const N: usize>(&mut self) -> Option<()>;
+
+    /// Cuts the frame to a length that it has at least.
+    fn truncate(&mut self, length: usize) -> Option<()>;
+
+    /// Mends the transport checksum at an offset after addresses and ports have changed by these differences.
+    fn mend_transport_checksum(&mut self, _at: usize, _addresses: u16, _all: u16, _udp: bool) -> Option<()> {
+        None
+    }
+
+    /// Copies one in `every` packets to the samples, with the reason for what happens to it.
+    fn sample(&mut self, _every: u32, _reason: Reason) {}
 }
 
 /// Length of an Ethernet header without VLAN tags.

@@ -1,11 +1,17 @@
 //! A packet's whole way: decide, rewrite, count.
 
+use crate::admit::{open, search};
 use crate::checksum::update;
-use crate::decide::{Arrival, TCP, Tables, Verdict, decide};
+use crate::decide::{Arrival, TCP, Verdict, decide};
+use crate::encapsulate::encapsulate;
 use crate::family::Family;
+use crate::flow::{Direction, Flow, Mode};
+use crate::icmp;
+use crate::name::{Part, name};
 use crate::packet::{LINK_HEADER, Packet, read16, write16, write32};
-use crate::reason::Reason;
-use crate::record::{Direction, Flow, Link};
+use crate::reason::{Class, Reason};
+use crate::record::Link;
+use crate::tables::Tables;
 
 /// What the hook does with the packet as it is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,43 +29,168 @@ pub enum Action {
     Capture {
         /// Whose queue.
         backend: u32,
+        /// How it gets to the backend from there.
+        mode: Mode,
     },
+}
+
+/// A step of a packet's way. In the kernel each is a function with a stack of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Forwards the packet if it is of an established flow.
+    Forward,
+    /// Looks closely: newcomers, fragments.
+    Search,
+    /// Opens a flow; a search then finds it.
+    Open,
+    /// Handles ICMP.
+    Icmp,
+    /// Tells the sender that its packets are too big.
+    TooBig {
+        /// Largest packet that would fit, in bytes.
+        mtu: u32,
+    },
+    /// Drops the packet, or leaves it to this machine's own stack, as the reason says.
+    Refuse(Reason),
+    /// None: its way has ended.
+    Done(Action),
 }
 
 /// Decides about a packet, rewrites it and counts it.
 ///
-/// A captured packet is translated already, so that replay only has to address it to the new location.
-#[inline(always)]
+/// A captured packet is translated already, so that replay only has to address (or encapsulate) it to the new
+/// location.
 pub fn process<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
     family: F,
     packet: &mut P,
     tables: &T,
     arrival: Arrival,
 ) -> Action {
-    let (action, reason) = match decide(family, packet, tables, arrival) {
-        Verdict::Forward { flow, link, direction, protocol } => {
-            if translate(family, packet, flow, protocol).is_none() || address(packet, link).is_none() {
-                (Action::Drop, Reason::Truncated)
-            } else {
-                let reason = match direction {
-                    Direction::ToBackend => Reason::ToBackend,
-                    Direction::ToClient => Reason::ToClient,
-                };
-                (Action::Transmit { interface: link.interface }, reason)
-            }
+    walk(|step| take(family, packet, tables, arrival, step))
+}
+
+/// Takes a packet its whole way, given what takes one step and answers with the next.
+#[inline(always)]
+pub fn walk(mut take: impl FnMut(Step) -> Step) -> Action {
+    let mut next = take(Step::Forward);
+    if next == Step::Search {
+        next = take(Step::Search);
+    }
+    if next == Step::Open {
+        next = take(Step::Open);
+        if next == Step::Search {
+            next = take(Step::Search);
         }
-        Verdict::Hold { flow, protocol } => {
-            if translate(family, packet, flow, protocol).is_none() {
-                (Action::Drop, Reason::Truncated)
-            } else {
-                (Action::Capture { backend: flow.backend }, Reason::Held)
-            }
-        }
-        Verdict::Pass(reason) => (Action::Pass, reason),
-        Verdict::Drop(reason) => (Action::Drop, reason),
+    }
+    next = match next {
+        Step::Icmp => take(Step::Icmp),
+        Step::TooBig { mtu } => take(Step::TooBig { mtu }),
+        // Opened, and at the same moment pushed out again by other newcomers.
+        Step::Open => Step::Refuse(Reason::NoRoom),
+        next => next,
     };
+    if let Step::Refuse(reason) = next {
+        next = take(Step::Refuse(reason));
+    }
+    match next {
+        Step::Done(action) => action,
+        _ => Action::Drop,
+    }
+}
+
+/// Takes one step; the answer is the next.
+#[inline(always)]
+pub fn take<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
+    family: F,
+    packet: &mut P,
+    tables: &T,
+    arrival: Arrival,
+    step: Step,
+) -> Step {
+    match step {
+        Step::Forward => match decide(family, packet, tables, arrival) {
+            Some((verdict, protocol)) => {
+                perform(family, packet, tables, verdict, Part::Transport { protocol, at: F::TRANSPORT })
+            }
+            None => Step::Search,
+        },
+        Step::Search => match name(family, packet, tables) {
+            Ok(named) => match search(family, packet, tables, &named, arrival) {
+                Some(verdict) => perform(family, packet, tables, verdict, named.part),
+                None => Step::Open,
+            },
+            Err(step) => step,
+        },
+        Step::Open => match name(family, packet, tables) {
+            Ok(named) => match open(family, packet, tables, &named, arrival) {
+                Ok(()) => Step::Search,
+                Err(reason) => Step::Refuse(reason),
+            },
+            Err(step) => step,
+        },
+        Step::Icmp => icmp::handle(family, packet, tables, arrival),
+        Step::TooBig { mtu } => icmp::too_big(family, packet, tables, arrival, mtu),
+        Step::Refuse(reason) => {
+            sample(packet, tables, reason);
+            tables.count(reason);
+            let passes = matches!(reason.class(), Class::Pass);
+            Step::Done(if passes { Action::Pass } else { Action::Drop })
+        }
+        Step::Done(action) => Step::Done(action),
+    }
+}
+
+/// Does what a verdict says.
+#[inline(always)]
+fn perform<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
+    family: F,
+    packet: &mut P,
+    tables: &T,
+    verdict: Verdict<'_, W>,
+    part: Part,
+) -> Step {
+    let (flow, location, reason) = match verdict {
+        Verdict::Forward { flow, location } => match flow.kind.direction() {
+            Direction::ToBackend => (flow, Some(location), Reason::ToBackend),
+            Direction::ToClient => (flow, None, Reason::ToClient),
+        },
+        Verdict::Hold { flow } => (flow, None, Reason::Held),
+        Verdict::TooBig { mtu } => return Step::TooBig { mtu },
+        Verdict::Refuse(reason) => return Step::Refuse(reason),
+    };
+    sample(packet, tables, reason);
     tables.count(reason);
-    action
+    let mode = flow.kind.mode();
+    let translated = match mode {
+        Mode::Dsr => family.pass_hop(packet),
+        _ => translate(family, packet, flow, part),
+    };
+    let link = match location {
+        Some(location) => &location.link,
+        None => &flow.link,
+    };
+    let done = translated.and_then(|()| match (reason, location) {
+        (Reason::Held, _) => Some(()),
+        (_, Some(location)) if mode == Mode::Dsr => encapsulate(family, packet, location),
+        _ => address(packet, link),
+    });
+    Step::Done(if done.is_none() {
+        Action::Drop
+    } else if reason == Reason::Held {
+        Action::Capture { backend: flow.backend, mode }
+    } else {
+        Action::Transmit { interface: link.interface }
+    })
+}
+
+/// Copies one in so many packets to the samples, as it came in.
+#[inline(always)]
+pub(crate) fn sample<const W: usize, P: Packet, T: Tables<W>>(packet: &mut P, tables: &T, reason: Reason) {
+    if let Some(settings) = tables.settings()
+        && settings.sample != 0
+    {
+        packet.sample(settings.sample, reason);
+    }
 }
 
 /// Writes the link header of a frame to the neighbour at the other end of a link.
@@ -75,16 +206,23 @@ fn translate<const W: usize, F: Family<W>, P: Packet>(
     family: F,
     packet: &mut P,
     flow: &Flow<W>,
-    protocol: u8,
+    part: Part,
 ) -> Option<()> {
-    family.rewrite(packet, flow)?;
+    family.rewrite(packet, &flow.source, &flow.destination, flow.address_delta)?;
+    let Part::Transport { protocol, at } = part else { return Some(()) };
     if protocol == TCP {
-        let header = packet.window::<20>(F::TRANSPORT)?;
+        let header = packet.window::<20>(at)?;
         write32(header, 0, flow.ports);
+        if P::PARTIAL_CHECKSUMS {
+            return packet.mend_transport_checksum(at + 16, flow.address_delta, flow.transport_delta, false);
+        }
         write16(header, 16, update(read16(header, 16), flow.transport_delta));
     } else {
-        let header = packet.window::<8>(F::TRANSPORT)?;
+        let header = packet.window::<8>(at)?;
         write32(header, 0, flow.ports);
+        if P::PARTIAL_CHECKSUMS {
+            return packet.mend_transport_checksum(at + 6, flow.address_delta, flow.transport_delta, true);
+        }
         // Zero says that there is none (RFC 768), and a sum that comes out as zero is sent as all ones.
         let checksum = read16(header, 6);
         if checksum != 0 {

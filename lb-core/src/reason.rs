@@ -27,6 +27,13 @@ macro_rules! reasons {
             /// Every reason, in the order of the counters.
             pub const ALL: &[Reason] = &[$(Reason::$name),*];
 
+            /// The reason of a number; beyond the last, the last.
+            #[inline(always)]
+            pub const fn from_number(number: u32) -> Self {
+                $(if number == Reason::$name as u32 { return Reason::$name; })*
+                Self::ALL[Self::ALL.len() - 1]
+            }
+
             /// What it means for the packet.
             pub const fn class(self) -> Class {
                 match self { $(Self::$name => Class::$class),* }
@@ -48,23 +55,32 @@ macro_rules! reasons {
 reasons! {
     ToBackend       Forward "to_backend"       "sent to the backend's location"
     ToClient        Forward "to_client"        "sent back to the client"
+    ErrorToBackend  Forward "error_to_backend" "an ICMP error about a flow, translated and sent to the backend"
+    ErrorToClient   Forward "error_to_client"  "an ICMP error about a flow, translated and sent to the client"
+    EchoAnswered    Forward "echo_answered"    "an echo request to a virtual address, answered"
+    TooBigAnswered  Forward "too_big_answered" "larger than the way to the site takes; the sender was told (packet too big)"
     Held            Hold    "held"             "kept in the backend's hold queue"
     NotIp           Pass    "not_ip"           "neither IPv4 nor IPv6 (ARP, VLAN and the like)"
     Truncated       Pass    "truncated"        "shorter than its headers"
     IpOptions       Pass    "ip_options"       "IPv4 header with options or of another length"
-    Fragment        Pass    "fragment"         "part of a fragmented packet"
-    OtherProtocol   Pass    "other_protocol"   "neither TCP nor UDP (ICMP, IPv6 extension headers and the like)"
+    OtherProtocol   Pass    "other_protocol"   "neither TCP nor UDP nor ICMP that concerns a flow"
     NotAService     Pass    "not_a_service"    "no service at the destination and no known flow"
     GateClosed      Drop    "gate_closed"      "the backend's gate is at drop"
     HoldRefused     Drop    "hold_refused"     "the capture ring had no room or the frame was too large to hold"
     StaleSite       Drop    "stale_site"       "came from a site that is not the backend's location"
-    ResetWhileHeld  Drop    "reset_while_held" "a reset from the backend while its gate was not forward"
+    ResetWhileHeld  Drop    "reset_while_held" "a reset or an ICMP error from the backend's side while its gate was not forward"
     NoFlow          Drop    "no_flow"          "a TCP segment of a connection that is not known here"
     NoBackend       Drop    "no_backend"       "the service has no backend to choose"
     NoNatSource     Drop    "no_nat_source"    "no NAT source prefix for the address family"
-    NoPort          Drop    "no_port"          "no free NAT port was found or the flow table refused the flow"
+    NoPort          Drop    "no_port"          "no free NAT port was found"
+    NoRoom          Drop    "no_room"          "the flow table refused a new flow"
+    NewFlowLimit    Drop    "new_flow_limit"   "a new flow beyond the bound of its source prefix or this CPU"
     NoRoute         Drop    "no_route"         "the location has no resolved next hop"
+    NoTunnel        Drop    "no_tunnel"        "the location of a dsr service's backend has no tunnel endpoint"
     TtlExpired      Drop    "ttl_expired"      "TTL or hop limit used up"
+    TooBig          Drop    "too_big"          "larger than the way to the site takes, and the sender is not to be told"
+    UnknownFragment Pass    "unknown_fragment" "a fragment whose first one was not seen, or is none of ours"
+    BadFragment     Drop    "bad_fragment"     "a first fragment without its whole transport header"
 }
 
 #[cfg(test)]

@@ -7,25 +7,15 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+#[cfg(doc)]
+use crate::flow::Direction;
+use crate::flow::Mode;
 use crate::gate::Slot;
+use crate::maglev::NO_BACKEND;
 use crate::packet::{LINK_HEADER, read16, read32, write32};
 
 /// Version of everything in this file. Tables of another version are refused at start.
-pub const LAYOUT_VERSION: u64 = 1;
-
-/// A flow as its packets name it, in one direction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(C)]
-pub struct FlowKey<const W: usize> {
-    /// Source address.
-    pub source: [u32; W],
-    /// Destination address.
-    pub destination: [u32; W],
-    /// Source and destination port, as on the wire.
-    pub ports: u32,
-    /// IP protocol number.
-    pub protocol: u32,
-}
+pub const LAYOUT_VERSION: u64 = 2;
 
 /// Link header of frames to a neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -80,44 +70,6 @@ impl Link {
     }
 }
 
-/// Which way a flow's packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u32)]
-pub enum Direction {
-    /// From a client to a backend.
-    ToBackend = 0,
-    /// From a backend to a client.
-    ToClient = 1,
-}
-
-/// What happens to one direction of a flow: a stable backend number and a translation, never a location.
-#[derive(Debug)]
-#[repr(C)]
-pub struct Flow<const W: usize> {
-    /// When a packet was last seen, in the caller's clock.
-    pub seen: AtomicU64,
-    /// The backend that the flow stays with.
-    pub backend: u32,
-    /// The backend's incarnation when the flow was made; another one makes the flow void.
-    pub incarnation: u32,
-    /// [`Direction`] as a number.
-    pub direction: u32,
-    /// Source and destination port to write.
-    pub ports: u32,
-    /// What the translation adds to a checksum over the addresses (IPv4 header).
-    pub address_delta: u16,
-    /// What it adds to a checksum over addresses and ports (TCP, UDP).
-    pub transport_delta: u16,
-    /// Zero.
-    pub reserved: u32,
-    /// Source address to write.
-    pub source: [u32; W],
-    /// Destination address to write.
-    pub destination: [u32; W],
-    /// Of [`Direction::ToClient`]: back to where the client's packets came from.
-    pub link: Link,
-}
-
 /// What clients connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
@@ -130,14 +82,86 @@ pub struct ServiceKey<const W: usize> {
     pub protocol: u16,
 }
 
-/// How a service chooses its backends.
+/// How a service chooses its backends and how packets reach them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Service {
     /// The service's number.
     pub number: u32,
-    /// Which Maglev ring it picks from.
+    /// First place of its ring among the rings' places.
     pub ring: u32,
+    /// Places of its ring; 0: it has no backend.
+    pub places: u32,
+    /// [`ServiceOptions`] as bits.
+    pub options: ServiceOptions,
+}
+
+/// Mode and policies of a service, as one number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct ServiceOptions(u32);
+
+impl ServiceOptions {
+    const STEER: u32 = 1 << 2;
+
+    /// Puts them together. With `steer`, new flows whose backend is held go to another one.
+    #[inline(always)]
+    pub const fn new(mode: Mode, steer: bool) -> Self {
+        Self(mode as u32 | if steer { Self::STEER } else { 0 })
+    }
+
+    /// How packets reach the backends.
+    #[inline(always)]
+    pub const fn mode(self) -> Mode {
+        Mode::from_bits(self.0)
+    }
+
+    /// Whether new flows go to another backend while theirs is held.
+    #[inline(always)]
+    pub const fn steers(self) -> bool {
+        self.0 & Self::STEER != 0
+    }
+}
+
+/// A place of a ring: a backend and the member that its flows are counted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Place(u64);
+
+impl Place {
+    /// A place that leads nowhere.
+    pub const EMPTY: Self = Self(NO_BACKEND as u64);
+
+    /// A backend's place.
+    #[inline(always)]
+    pub const fn new(backend: u32, member: u32) -> Self {
+        Self(backend as u64 | (member as u64) << 32)
+    }
+
+    /// The place as it lies in the table.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The bits to put into the table.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The backend's number, if there is one.
+    #[inline(always)]
+    pub const fn backend(self) -> Option<u32> {
+        let number = self.0 as u32;
+        if number == NO_BACKEND { None } else { Some(number) }
+    }
+
+    /// The member's number.
+    #[inline(always)]
+    pub const fn member(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
 }
 
 /// One running server instance. The kernel and user space share it in memory.
@@ -182,6 +206,18 @@ impl Sites {
 pub struct Location {
     /// Link header of frames to the site's next hop.
     pub link: Link,
+    /// Largest IP packet, outer header included, that fits the way to the site, in bytes; 0: any.
+    pub mtu: u32,
+    /// IP version of the tunnel's outer header, 4 or 6; 0: there is no tunnel.
+    pub tunnel: u32,
+    /// Tunnel's outer source address: ours. IPv4 uses the last word.
+    pub source: [u32; 4],
+    /// Tunnel's outer destination address: the site's endpoint. IPv4 uses the last word.
+    pub destination: [u32; 4],
+    /// Of an IPv4 tunnel: sum of the words of the outer header that never change.
+    pub checksum: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// How far the hold of a backend has come. The kernel and user space share it in memory.
@@ -196,7 +232,7 @@ pub struct HoldCounters {
     pub refused: AtomicU64,
 }
 
-/// Packets and bytes of a backend, per CPU.
+/// Packets and bytes of a member, per CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Traffic {
@@ -204,7 +240,28 @@ pub struct Traffic {
     pub packets: [u64; 2],
     /// Bytes with link headers, by [`Direction`].
     pub bytes: [u64; 2],
+    /// New flows.
+    pub opened: u64,
+    /// TCP resets from the backend.
+    pub resets: u64,
 }
+
+/// Bounds and switches that may change while packets flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Settings {
+    /// Length of a window for the bounds below, in the unit of [`crate::Arrival::now`]; 0: no bounds.
+    pub window: u32,
+    /// New flows in a window, per CPU.
+    pub new_flows_per_cpu: u32,
+    /// New flows in a window, per source prefix (/24, /56).
+    pub new_flows_per_prefix: u32,
+    /// One in so many packets is copied to the samples; 0: none.
+    pub sample: u32,
+}
+
+/// Budgets of source prefixes: a power of two. Prefixes share one by hash, so that a flood cannot fill a table.
+pub const PREFIX_BUDGETS: u32 = 65_536;
 
 /// The load balancer's own addresses towards backends: a prefix of which each flow takes one by hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,24 +281,48 @@ pub struct CaptureHead {
     pub backend: u32,
     /// Length of the frame in bytes.
     pub length: u32,
+    /// [`Mode`] as a number: with `dsr` the frame still has to be encapsulated.
+    pub mode: u32,
+    /// Payload bytes of each segment that the frame stands for; 0: it is one packet.
+    pub segment: u32,
 }
+
+/// Head of a sampled packet in its ring, before the packet's first bytes as they came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SampleHead {
+    /// [`crate::Reason`] as a number.
+    pub reason: u32,
+    /// Interface that the packet came in on.
+    pub interface: u32,
+    /// Length of the packet in bytes.
+    pub length: u32,
+    /// Bytes of it that follow.
+    pub captured: u32,
+    /// When, in nanoseconds of the monotonic clock.
+    pub time_ns: u64,
+}
+
+/// Most bytes of a packet that a sample keeps.
+pub const SAMPLE_BYTES: usize = 232;
 
 /// Bytes of a small capture slot, head included.
 pub const CAPTURE_SMALL: usize = 256;
 /// Bytes of a large capture slot, head included; fits a frame of 1,518 bytes with room to spare.
 pub const CAPTURE_LARGE: usize = 2048;
 
+/// Bytes of the largest capture slot, head included: for segments that a network card or stack has merged.
+pub const CAPTURE_MERGED: usize = 65_536 + 256;
+
 const _: () = {
-    assert!(size_of::<FlowKey<1>>() == 16);
-    assert!(size_of::<FlowKey<4>>() == 40);
-    assert!(size_of::<Flow<1>>() == 56);
-    assert!(size_of::<Flow<4>>() == 80);
     assert!(size_of::<ServiceKey<1>>() == 8);
     assert!(size_of::<ServiceKey<4>>() == 20);
-    assert!(size_of::<Service>() == 8);
+    assert!(size_of::<Service>() == 16);
     assert!(size_of::<Backend>() == 40);
-    assert!(size_of::<Location>() == 16);
+    assert!(size_of::<Location>() == 64);
     assert!(size_of::<HoldCounters>() == 24);
-    assert!(size_of::<Traffic>() == 32);
-    assert!(size_of::<CaptureHead>() == 8);
+    assert!(size_of::<Traffic>() == 48);
+    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<CaptureHead>() == 16);
+    assert!(size_of::<SampleHead>() + SAMPLE_BYTES == 256);
 };

@@ -1,31 +1,37 @@
 //! Copies a held frame to the capture ring, where user space takes it into the backend's hold queue.
 
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
-use aya_ebpf::helpers::bpf_xdp_load_bytes;
 use lb_core::packet::LINK_HEADER;
-use lb_core::record::{CAPTURE_LARGE, CAPTURE_SMALL, CaptureHead};
-use lb_core::{Packet, Reason};
+use lb_core::record::{CAPTURE_LARGE, CAPTURE_MERGED, CAPTURE_SMALL, CaptureHead};
+use lb_core::{Mode, Reason};
 
 use crate::atomic::increment;
+use crate::frame::Frame;
 use crate::maps;
-use crate::packet::Frame;
 
 const HEAD: usize = size_of::<CaptureHead>();
+const SMALL: usize = CAPTURE_SMALL - HEAD;
+const LARGE: usize = CAPTURE_LARGE - HEAD;
+const MERGED: usize = CAPTURE_MERGED - HEAD;
 
-/// A slot of the ring; two sizes, since small packets are most and the ring's memory is bounded.
+/// A slot of the ring; few sizes, since small packets are most and the ring's memory is bounded.
 #[repr(C, align(8))]
 struct Slot<const N: usize> {
     head: CaptureHead,
     frame: [u8; N],
 }
 
-/// Captures the frame as it is now, or counts that it was refused.
+/// Captures the frame as it is now, or counts that it was refused. `merged`: whether the hook's frames may be merged
+/// segments.
 #[inline(always)]
-pub fn capture(frame: &Frame, backend: u32) {
-    let captured = if frame.length() <= CAPTURE_SMALL - HEAD {
-        copy::<{ CAPTURE_SMALL - HEAD }>(frame, backend)
+pub fn capture(frame: &impl Frame, backend: u32, mode: Mode, merged: bool) {
+    let length = frame.length();
+    let captured = if length <= SMALL {
+        copy::<SMALL>(frame, backend, mode)
+    } else if length <= LARGE || !merged {
+        copy::<LARGE>(frame, backend, mode)
     } else {
-        copy::<{ CAPTURE_LARGE - HEAD }>(frame, backend)
+        copy::<MERGED>(frame, backend, mode)
     };
     if !captured {
         maps::count(Reason::HoldRefused);
@@ -34,7 +40,7 @@ pub fn capture(frame: &Frame, backend: u32) {
 }
 
 #[inline(always)]
-fn copy<const N: usize>(frame: &Frame, backend: u32) -> bool {
+fn copy<const N: usize>(frame: &impl Frame, backend: u32, mode: Mode) -> bool {
     let Some(hold) = maps::HOLDS.get(backend) else { return false };
     let length = frame.length_for_helper();
     if length < LINK_HEADER || length > N {
@@ -43,11 +49,16 @@ fn copy<const N: usize>(frame: &Frame, backend: u32) -> bool {
     let Some(mut slot) = maps::CAPTURE.reserve::<Slot<N>>(0) else { return false };
     let at = slot.as_mut_ptr();
     // SAFETY: the slot is `N` bytes and the verifier knows `length` to be at most that.
-    let loaded = unsafe {
-        (*at).head = CaptureHead { backend, length: length as u32 };
-        bpf_xdp_load_bytes(frame.context(), 0, (&raw mut (*at).frame).cast(), length as u32)
+    let copied = unsafe {
+        (*at).head = CaptureHead {
+            backend,
+            length: length as u32,
+            mode: mode as u32,
+            segment: frame.segment() as u32,
+        };
+        frame.copy((&raw mut (*at).frame).cast(), length as u32)
     };
-    if loaded != 0 {
+    if !copied {
         slot.discard(BPF_RB_NO_WAKEUP as u64);
         return false;
     }

@@ -19,6 +19,16 @@ impl Packet for Frame {
     fn length(&self) -> usize {
         self.0.len()
     }
+
+    fn insert<const N: usize>(&mut self) -> Option<()> {
+        self.0.splice(0..0, [0; N]);
+        Some(())
+    }
+
+    fn truncate(&mut self, length: usize) -> Option<()> {
+        self.0.truncate(length);
+        Some(())
+    }
 }
 
 /// What a frame carries.

@@ -1,29 +1,33 @@
 //! The data path's tables in ordinary memory.
 
 use core::cell::{Cell, RefCell};
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::boxed::Box;
 use std::collections::BTreeMap;
 use std::vec::Vec;
 
-use crate::decide::Tables;
-use crate::maglev::{NO_BACKEND, RING_SIZE};
+use crate::flow::{Direction, Flow, FlowKey};
+use crate::name::FragmentKey;
 use crate::reason::Reason;
 use crate::record::{
-    Backend, Direction, Flow, FlowKey, HoldCounters, Location, NatSource, Service, ServiceKey, Traffic,
+    Backend, HoldCounters, Location, NatSource, PREFIX_BUDGETS, Place, Service, ServiceKey, Settings, Traffic,
 };
+use crate::tables::Tables;
+
+type FlowTable<const W: usize> = RefCell<BTreeMap<FlowKey<W>, &'static Flow<W>>>;
 
 /// Tables of one address family.
 ///
 /// Flows are never freed, so that references into the table stay valid as they do in the kernel: fit for
-/// tests, not for a daemon.
-#[derive(Default)]
+/// tests, not for a daemon. Nothing is pushed out of the newcomers either.
 pub struct HostTables<const W: usize> {
-    flows: RefCell<BTreeMap<FlowKey<W>, &'static Flow<W>>>,
+    flows: FlowTable<W>,
+    newcomers: FlowTable<W>,
+    fragments: RefCell<BTreeMap<FragmentKey<W>, u32>>,
     /// Services by key.
     pub services: BTreeMap<ServiceKey<W>, Service>,
-    /// Backend numbers of all rings, one ring after the other.
-    pub rings: Vec<u32>,
+    /// Places of all rings, one ring after the other.
+    pub places: Vec<Place>,
     /// Backends by number.
     pub backends: Vec<Backend>,
     /// Locations by site number.
@@ -32,8 +36,33 @@ pub struct HostTables<const W: usize> {
     pub holds: Vec<HoldCounters>,
     /// Source prefix towards backends.
     pub nat_source: Option<NatSource<W>>,
+    /// Bounds and switches.
+    pub settings: Settings,
+    cpu_budget: AtomicU64,
+    prefix_budgets: Vec<AtomicU64>,
     reasons: [Cell<u64>; Reason::ALL.len()],
     traffic: RefCell<BTreeMap<u32, Traffic>>,
+}
+
+impl<const W: usize> Default for HostTables<W> {
+    fn default() -> Self {
+        Self {
+            flows: RefCell::default(),
+            newcomers: RefCell::default(),
+            fragments: RefCell::default(),
+            services: BTreeMap::new(),
+            places: Vec::new(),
+            backends: Vec::new(),
+            locations: Vec::new(),
+            holds: Vec::new(),
+            nat_source: None,
+            settings: Settings::default(),
+            cpu_budget: AtomicU64::default(),
+            prefix_budgets: (0..PREFIX_BUDGETS).map(|_| AtomicU64::default()).collect(),
+            reasons: [const { Cell::new(0) }; Reason::ALL.len()],
+            traffic: RefCell::default(),
+        }
+    }
 }
 
 impl<const W: usize> HostTables<W> {
@@ -42,14 +71,19 @@ impl<const W: usize> HostTables<W> {
         self.reasons[reason as usize].get()
     }
 
-    /// Packets and bytes of a backend.
-    pub fn traffic(&self, backend: u32) -> Traffic {
-        self.traffic.borrow().get(&backend).copied().unwrap_or_default()
+    /// Packets and bytes of a member.
+    pub fn traffic(&self, member: u32) -> Traffic {
+        self.traffic.borrow().get(&member).copied().unwrap_or_default()
     }
 
-    /// Every flow.
+    /// Every established flow.
     pub fn flows(&self) -> BTreeMap<FlowKey<W>, &'static Flow<W>> {
         self.flows.borrow().clone()
+    }
+
+    /// Every newcomer.
+    pub fn newcomers(&self) -> BTreeMap<FlowKey<W>, &'static Flow<W>> {
+        self.newcomers.borrow().clone()
     }
 
     /// Counts a capture, as the kernel program does when the ring had room.
@@ -58,7 +92,21 @@ impl<const W: usize> HostTables<W> {
     }
 
     fn keep(flow: &Flow<W>) -> &'static Flow<W> {
-        Box::leak(Box::new(Flow { seen: flow.seen.load(Relaxed).into(), ..*flow }))
+        let (seen, state) = (flow.seen.load(Relaxed), flow.state.load(Relaxed));
+        Box::leak(Box::new(Flow { seen: seen.into(), state: state.into(), ..*flow }))
+    }
+
+    fn add(table: &FlowTable<W>, key: &FlowKey<W>, flow: &Flow<W>) -> bool {
+        let mut flows = table.borrow_mut();
+        let is_new = !flows.contains_key(key);
+        if is_new {
+            flows.insert(*key, Self::keep(flow));
+        }
+        is_new
+    }
+
+    fn change(&self, member: u32, change: impl FnOnce(&mut Traffic)) {
+        change(self.traffic.borrow_mut().entry(member).or_default());
     }
 }
 
@@ -68,26 +116,44 @@ impl<const W: usize> Tables<W> for HostTables<W> {
     }
 
     fn add_flow(&self, key: &FlowKey<W>, flow: &Flow<W>) -> bool {
-        let mut flows = self.flows.borrow_mut();
-        let is_new = !flows.contains_key(key);
-        if is_new {
-            flows.insert(*key, Self::keep(flow));
-        }
-        is_new
+        Self::add(&self.flows, key, flow)
     }
 
-    fn put_flow(&self, key: &FlowKey<W>, flow: &Flow<W>) -> bool {
-        self.flows.borrow_mut().insert(*key, Self::keep(flow));
+    fn remove_flow(&self, key: &FlowKey<W>) {
+        self.flows.borrow_mut().remove(key);
+    }
+
+    fn newcomer(&self, key: &FlowKey<W>) -> Option<&Flow<W>> {
+        self.newcomers.borrow().get(key).copied()
+    }
+
+    fn add_newcomer(&self, key: &FlowKey<W>, flow: &Flow<W>) -> bool {
+        Self::add(&self.newcomers, key, flow)
+    }
+
+    fn put_newcomer(&self, key: &FlowKey<W>, flow: &Flow<W>) -> bool {
+        self.newcomers.borrow_mut().insert(*key, Self::keep(flow));
         true
+    }
+
+    fn remove_newcomer(&self, key: &FlowKey<W>) {
+        self.newcomers.borrow_mut().remove(key);
+    }
+
+    fn fragment(&self, key: &FragmentKey<W>) -> Option<u32> {
+        self.fragments.borrow().get(key).copied()
+    }
+
+    fn put_fragment(&self, key: &FragmentKey<W>, ports: u32) {
+        self.fragments.borrow_mut().insert(*key, ports);
     }
 
     fn service(&self, key: &ServiceKey<W>) -> Option<&Service> {
         self.services.get(key)
     }
 
-    fn pick(&self, ring: u32, place: u32) -> Option<u32> {
-        let number = *self.rings.get((ring * RING_SIZE + place) as usize)?;
-        (number != NO_BACKEND).then_some(number)
+    fn place(&self, index: u32) -> Option<Place> {
+        self.places.get(index as usize).copied()
     }
 
     fn backend(&self, number: u32) -> Option<&Backend> {
@@ -106,6 +172,18 @@ impl<const W: usize> Tables<W> for HostTables<W> {
         self.nat_source.as_ref()
     }
 
+    fn settings(&self) -> Option<&Settings> {
+        Some(&self.settings)
+    }
+
+    fn cpu_budget(&self) -> Option<&AtomicU64> {
+        Some(&self.cpu_budget)
+    }
+
+    fn prefix_budget(&self, index: u32) -> Option<&AtomicU64> {
+        self.prefix_budgets.get(index as usize)
+    }
+
     fn count(&self, reason: Reason) {
         let counter = &self.reasons[reason as usize];
         counter.set(counter.get() + 1);
@@ -115,10 +193,18 @@ impl<const W: usize> Tables<W> for HostTables<W> {
         self.holds[backend as usize].refused.fetch_add(1, Relaxed);
     }
 
-    fn account(&self, backend: u32, direction: Direction, bytes: u64) {
-        let mut traffic = self.traffic.borrow_mut();
-        let traffic = traffic.entry(backend).or_default();
-        traffic.packets[direction as usize] += 1;
-        traffic.bytes[direction as usize] += bytes;
+    fn account(&self, member: u32, direction: Direction, bytes: u64) {
+        self.change(member, |traffic| {
+            traffic.packets[direction as usize] += 1;
+            traffic.bytes[direction as usize] += bytes;
+        });
+    }
+
+    fn account_opened(&self, member: u32) {
+        self.change(member, |traffic| traffic.opened += 1);
+    }
+
+    fn account_reset(&self, member: u32) {
+        self.change(member, |traffic| traffic.resets += 1);
     }
 }

@@ -4,7 +4,6 @@ use std::os::fd::AsFd;
 
 use aya::Ebpf;
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf};
-use lb_core::maglev::RING_SIZE;
 use lb_core::record::{LAYOUT_VERSION, NatSource, Traffic};
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -25,6 +24,9 @@ pub const BACKENDS_MOST: u32 = 4096;
 pub const SITES_MOST: u32 = 256;
 /// Maglev rings that the tables have room for.
 pub const RINGS_MOST: u32 = 64;
+
+/// Places of each ring.
+pub const RING_PLACES: u32 = 16_381;
 
 /// A backend's packets and bytes on one CPU.
 pub type TrafficBytes = [u8; size_of::<Traffic>()];
@@ -57,7 +59,7 @@ pub fn take(ebpf: &mut Ebpf, config: &config::Datapath) -> Result<(Maps, Parts),
     let shared = SharedTables::new(data(&backends), data(&holds), BACKENDS_MOST)
         .map_err(kernel("mapping the tables into memory"))?;
     let rings = take_map(ebpf, "RINGS")?;
-    let rings = MappedArray::new(data(&rings).fd().as_fd(), RINGS_MOST * RING_SIZE)
+    let rings = MappedArray::new(data(&rings).fd().as_fd(), RINGS_MOST * RING_PLACES)
         .map_err(kernel("mapping the Maglev rings into memory"))?;
     let maps = Maps {
         backends: typed("BACKENDS", backends)?,

@@ -8,7 +8,6 @@
 
 pub mod batch;
 mod bpf;
-mod drains;
 mod locator;
 mod mapped;
 mod maps;
@@ -24,11 +23,10 @@ pub mod ticks;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use aya::maps::{MapData, PerCpuArray};
-use lb_core::record::{self, Direction};
-use lb_core::{GateWord, Reason};
+use lb_core::record;
+use lb_core::{Direction, GateWord, Reason};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::drains::Drains;
 use self::maps::{Parts, TrafficBytes};
 use self::pump::Pump;
 use self::shared::SharedTables;
@@ -36,7 +34,7 @@ use self::sites::Sites;
 use self::tables::Tables;
 use super::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
-    ServicePlan, SiteNumber, Traffic,
+    SiteNumber, Traffic,
 };
 use crate::config;
 
@@ -46,7 +44,6 @@ pub struct XdpDatapath {
     shared: Arc<SharedTables>,
     tables: Mutex<Tables>,
     sites: Sites,
-    drains: Drains,
     pump: Pump,
     reasons: PerCpuArray<MapData, u64>,
     traffic: PerCpuArray<MapData, TrafficBytes>,
@@ -67,18 +64,7 @@ impl XdpDatapath {
         let pump = Pump::start(capture, shared.clone(), events)
             .map_err(program::kernel("starting the hold's thread"))?;
         let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
-        let drains = Drains::new(&config.pin_path);
-        Ok(Self {
-            hooks,
-            shared,
-            tables: Mutex::new(tables),
-            sites,
-            drains,
-            pump,
-            reasons,
-            traffic,
-            _ebpf: ebpf,
-        })
+        Ok(Self { hooks, shared, tables: Mutex::new(tables), sites, pump, reasons, traffic, _ebpf: ebpf })
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -92,20 +78,7 @@ impl Datapath for XdpDatapath {
     }
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
-        self.tables().install(plan, &self.sites)?;
-        self.drains.keep(plan.backends.iter().map(|backend| &*backend.name))
-    }
-
-    fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError> {
-        self.tables().weigh(services)
-    }
-
-    fn drained(&self) -> Vec<String> {
-        self.drains.all()
-    }
-
-    fn set_drained(&self, backend: &str, drained: bool) -> Result<(), DatapathError> {
-        self.drains.set(backend, drained)
+        self.tables().install(plan, &self.sites)
     }
 
     fn backend(&self, name: &str) -> Option<BackendNumber> {
@@ -150,7 +123,7 @@ impl Datapath for XdpDatapath {
     fn traffic(&self, backend: BackendNumber) -> Traffic {
         let Ok(per_cpu) = self.traffic.get(&backend.0, 0) else { return Traffic::default() };
         per_cpu.iter().fold(Traffic::default(), |sum, cpu| {
-            let record::Traffic { packets, bytes } = records::from_bytes(cpu);
+            let record::Traffic { packets, bytes, .. } = records::from_bytes(cpu);
             Traffic {
                 to_backend_packets: sum.to_backend_packets + packets[Direction::ToBackend as usize],
                 to_backend_bytes: sum.to_backend_bytes + bytes[Direction::ToBackend as usize],

@@ -2,8 +2,9 @@
 #![expect(unsafe_code, reason = "records are viewed as bytes")]
 
 use lb_core::record::{
-    Backend, Flow, FlowKey, HoldCounters, Location, NatSource, Service, ServiceKey, Traffic,
+    Backend, HoldCounters, Location, NatSource, SampleHead, Service, ServiceKey, Settings, Traffic,
 };
+use lb_core::{Flow, FlowKey};
 
 /// A record of the data path's tables.
 ///
@@ -33,6 +34,10 @@ unsafe impl Record for Location {}
 unsafe impl Record for HoldCounters {}
 // SAFETY: as above.
 unsafe impl Record for Traffic {}
+// SAFETY: as above.
+unsafe impl Record for Settings {}
+// SAFETY: as above.
+unsafe impl Record for SampleHead {}
 
 /// The record's bytes.
 ///

@@ -116,7 +116,7 @@ impl Keeper {
     }
 
     fn write(&mut self, site: SiteNumber, link: Link) {
-        if let Err(error) = self.locations.set(site.0, to_bytes(&Location { link }), 0) {
+        if let Err(error) = self.locations.set(site.0, to_bytes(&Location::plain(link, 0)), 0) {
             tracing::error!(site = site.0, %error, "cannot write the site's location");
         }
         self.tables.set_link(site, link);

@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use aya::Pod;
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
-use lb_core::maglev::{Candidate, RING_SIZE, Turn, identity, populate};
-use lb_core::record::{Backend, Link, Service, ServiceKey};
+use lb_core::maglev::{Candidate, Turn, identity, populate};
+use lb_core::record::{Backend, Link, Place, Service, ServiceKey, ServiceOptions};
 use lb_core::{Gate, Slot};
 
 use super::mapped::MappedArray;
-use super::maps::{BACKENDS_MOST, Maps, RINGS_MOST, SITES_MOST};
+use super::maps::{BACKENDS_MOST, Maps, RING_PLACES, RINGS_MOST, SITES_MOST};
 use super::program::kernel;
 use super::records::{from_bytes, to_bytes};
 use super::shared::SharedTables;
@@ -176,18 +176,26 @@ impl Tables {
         let mut rings: HashSet<u32> = HashSet::new();
         let mut former: HashMap<SocketKey, u32> = HashMap::new();
         for (key, service) in entries(&self.services_v4)? {
-            former.insert(SocketKey::V4(key), service.ring);
+            former.insert(SocketKey::V4(key), service.ring / RING_PLACES);
         }
         for (key, service) in entries(&self.services_v6)? {
-            former.insert(SocketKey::V6(key), service.ring);
+            former.insert(SocketKey::V6(key), service.ring / RING_PLACES);
         }
         rings.extend(former.values());
         for service in &plan.services {
             let ring = free(&rings, RINGS_MOST).ok_or(full("service", RINGS_MOST - 1))?;
-            self.write_ring(ring, service);
+            self.write_ring(ring, service, plan);
             let key = SocketKey::of(service);
             // From here on new flows pick from the new ring.
-            self.put_service(key, Service { number: ring, ring })?;
+            self.put_service(
+                key,
+                Service {
+                    number: ring,
+                    ring: ring * RING_PLACES,
+                    places: RING_PLACES,
+                    options: ServiceOptions::default(),
+                },
+            )?;
             rings.insert(ring);
             if let Some(old) = former.remove(&key) {
                 rings.remove(&old);
@@ -199,47 +207,23 @@ impl Tables {
         Ok(())
     }
 
-    /// Writes rings anew, each to a free one, for services with other weights.
-    pub fn weigh(&mut self, services: &[ServicePlan]) -> Result<(), DatapathError> {
-        let mut rings: HashSet<u32> = HashSet::new();
-        let mut former: HashMap<SocketKey, u32> = HashMap::new();
-        for (key, service) in entries(&self.services_v4)? {
-            former.insert(SocketKey::V4(key), service.ring);
-        }
-        for (key, service) in entries(&self.services_v6)? {
-            former.insert(SocketKey::V6(key), service.ring);
-        }
-        rings.extend(former.values());
-        for service in services {
-            let key = SocketKey::of(service);
-            let ring = free(&rings, RINGS_MOST).ok_or(full("service", RINGS_MOST - 1))?;
-            self.write_ring(ring, service);
-            self.put_service(key, Service { number: ring, ring })?;
-            rings.insert(ring);
-            if let Some(old) = former.insert(key, ring) {
-                rings.remove(&old);
-            }
-        }
-        Ok(())
-    }
-
-    fn write_ring(&self, ring: u32, service: &ServicePlan) {
-        let mut members: Vec<(&String, u32)> =
-            service.backends.iter().zip(service.weights.iter().copied()).collect();
-        members.sort();
+    fn write_ring(&self, ring: u32, service: &ServicePlan, plan: &Plan) {
+        let mut members: Vec<&BackendPlan> =
+            plan.backends.iter().filter(|backend| service.backends.contains(&backend.name)).collect();
+        members.sort_by(|a, b| a.name.cmp(&b.name));
         let candidates: Vec<Candidate> = members
             .iter()
-            .map(|(name, weight)| Candidate {
-                identity: identity(name),
-                number: self.backend_numbers[*name].0,
-                weight: *weight,
+            .map(|backend| Candidate {
+                identity: identity(&backend.name),
+                number: self.backend_numbers[&backend.name].0,
+                weight: backend.weight,
             })
             .collect();
-        let mut places = vec![0; RING_SIZE as usize];
+        let mut places = vec![0; RING_PLACES as usize];
         populate(&mut places, &candidates, &mut vec![Turn::default(); candidates.len()]);
         for (place, number) in places.into_iter().enumerate() {
-            let slot = self.rings.get(ring * RING_SIZE + place as u32).expect("the ring is within the map");
-            slot.store(number.into(), Relaxed);
+            let slot = self.rings.get(ring * RING_PLACES + place as u32).expect("the ring is within the map");
+            slot.store(Place::new(number, number).bits(), Relaxed);
         }
     }
 
