@@ -12,6 +12,7 @@
 //! * [`health`] finds out which backends do their work.
 //! * [`migrations`] knows those under way and those that ended, and ends what a former daemon left behind.
 //! * [`admin`] is the HTTP API.
+//! * [`reload`] reads the configuration again while the daemon runs.
 //! * [`run`] puts the daemon together and takes it apart.
 //! * [`cli`] and [`client`] are the commands and their side of the API.
 //!
@@ -28,6 +29,7 @@ pub mod health;
 #[cfg(test)]
 mod memory;
 pub mod migrations;
+pub mod reload;
 pub mod run;
 #[cfg(test)]
 mod testing;

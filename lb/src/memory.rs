@@ -1,7 +1,7 @@
 //! A datapath in memory, for the tests of everything above the trait: it carries nothing and remembers
 //! everything.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::datapath::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
-    SiteNumber, Traffic,
+    ServicePlan, SiteNumber, Traffic,
 };
 
 /// What was asked of the datapath, in order.
@@ -20,6 +20,8 @@ pub(crate) enum Call {
     BeginHold(BackendNumber, HoldLimits),
     Stage(BackendNumber, SiteNumber),
     Store(BackendNumber, GateWord),
+    /// A service's effective weights.
+    Weigh(String, Vec<u32>),
 }
 
 #[derive(Default)]
@@ -29,6 +31,8 @@ struct Inner {
     states: HashMap<BackendNumber, BackendState>,
     stats: HoldStats,
     unreachable: BTreeSet<String>,
+    drained: BTreeSet<String>,
+    weights: BTreeMap<String, Vec<u32>>,
     calls: Vec<Call>,
     slow: Option<(Sender<()>, Receiver<()>)>,
 }
@@ -87,6 +91,11 @@ impl MemoryDatapath {
         SlowNetwork { waiting, answer }
     }
 
+    /// The effective weights of a service.
+    pub(crate) fn weights(&self, service: &str) -> Vec<u32> {
+        self.inner().weights.get(service).cloned().unwrap_or_default()
+    }
+
     pub(crate) fn calls(&self) -> Vec<Call> {
         self.inner().calls.clone()
     }
@@ -116,6 +125,16 @@ impl Datapath for MemoryDatapath {
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
         let mut inner = self.inner();
+        if let Some(site) = plan.sites.iter().find(|site| inner.unreachable.contains(&site.name)) {
+            return Err(DatapathError::Unreachable { site: site.name.clone(), reason: "no route".into() });
+        }
+        // As in real tables, a number goes with its name; here it is never given to another.
+        let stays: BTreeSet<&String> = plan.backends.iter().map(|backend| &backend.name).collect();
+        for known in inner.backends.iter_mut().filter(|known| !stays.contains(&**known)) {
+            *known = String::new();
+        }
+        inner.weights =
+            plan.services.iter().map(|service| (service.name.clone(), service.weights.clone())).collect();
         for site in &plan.sites {
             if !inner.sites.contains(&site.name) {
                 inner.sites.push(site.name.clone());
@@ -130,6 +149,29 @@ impl Datapath for MemoryDatapath {
                 let word = GateWord::new(Gate::Forward, Slot::A, 1);
                 inner.states.insert(number, BackendState { word, sites: [site, site] });
             }
+        }
+        Ok(())
+    }
+
+    fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError> {
+        let mut inner = self.inner();
+        for service in services {
+            inner.weights.insert(service.name.clone(), service.weights.clone());
+            inner.calls.push(Call::Weigh(service.name.clone(), service.weights.clone()));
+        }
+        Ok(())
+    }
+
+    fn drained(&self) -> Vec<String> {
+        self.inner().drained.iter().cloned().collect()
+    }
+
+    fn set_drained(&self, backend: &str, drained: bool) -> Result<(), DatapathError> {
+        let mut inner = self.inner();
+        if drained {
+            inner.drained.insert(backend.to_owned());
+        } else {
+            inner.drained.remove(backend);
         }
         Ok(())
     }

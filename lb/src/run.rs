@@ -14,11 +14,12 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Admin};
-use crate::config::{self, Config, LoadError};
+use crate::config::{self, Config, Current, LoadError};
 use crate::control::{Control, ControlError};
 use crate::datapath::xdp::XdpDatapath;
 use crate::datapath::{Datapath, DatapathError, Event};
 use crate::migrations::{Agents, Migrations};
+use crate::reload::Reloader;
 
 /// How long migrations under way may take to end (most of them by rolling back) when the daemon stops.
 const MIGRATIONS_PATIENCE: Duration = Duration::from_secs(10);
@@ -52,8 +53,8 @@ pub enum RunError {
 }
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: &Path) -> Result<(), RunError> {
-    let config = Arc::new(Config::load(config)?);
+pub async fn run(file: &Path) -> Result<(), RunError> {
+    let config = Arc::new(Config::load(file)?);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -71,17 +72,31 @@ pub async fn run(config: &Path) -> Result<(), RunError> {
         let (control, stop) = (control.clone(), stop.clone());
         async move { control.drive(reports, stop).await }
     });
+    let sharer = tokio::spawn(control.clone().share(stop.clone()));
+    let config = Current::new(config);
     let migrations = Arc::new(Migrations::new(control.clone(), config.clone(), Arc::new(Agents)));
     migrations.recover();
-    let admin =
-        Admin { config, control: control.clone(), migrations: migrations.clone(), stop: stop.clone() };
+    let file = Some(file.to_owned());
+    let reloader = Arc::new(Reloader::new(file, config.clone(), control.clone(), migrations.clone()));
+    let admin = Admin {
+        config,
+        control: control.clone(),
+        migrations: migrations.clone(),
+        reloader: reloader.clone(),
+        stop: stop.clone(),
+    };
     let server = tokio::spawn(admin::serve(listener, admin::router(Arc::new(admin)), stop.clone()));
     for hook in control.datapath().hooks() {
         tracing::info!(interface = %hook.interface, mode = %hook.mode, "packets are taken");
     }
     tracing::info!(admin = %address, version = env!("CARGO_PKG_VERSION"), "ready");
 
-    let name = signals.next().await;
+    let name = loop {
+        match signals.next().await {
+            SignalName::Hangup => reload(&reloader).await,
+            SignalName::End(name) => break name,
+        }
+    };
     tracing::info!(signal = name, "stopping; packets keep flowing, a second signal stops at once");
     let graceful = async {
         if !migrations.stop(MIGRATIONS_PATIENCE).await {
@@ -92,11 +107,12 @@ pub async fn run(config: &Path) -> Result<(), RunError> {
         }
         stop.cancel();
         // Neither can fail but by a panic, which was reported where it happened.
-        let _ = tokio::join!(server, driver);
+        let _ = tokio::join!(server, driver, sharer);
     };
+    let stop_at_once = async { while matches!(signals.next().await, SignalName::Hangup) {} };
     tokio::select! {
         () = graceful => tracing::info!("stopped"),
-        _ = signals.next() => tracing::warn!("stopped at once"),
+        () = stop_at_once => tracing::warn!("stopped at once"),
     }
     Ok(())
 }
@@ -109,21 +125,51 @@ fn open(
     Ok(Arc::new(XdpDatapath::open(config, events)?))
 }
 
-/// What ends the daemon.
+/// Reads the configuration again, because a signal said so.
+async fn reload(reloader: &Arc<Reloader>) {
+    match reloader.reload(false).await {
+        Ok(report) => {
+            for warning in &report.warnings {
+                tracing::warn!("{warning}");
+            }
+            let changes = &report.changes;
+            let (added, removed, changed) =
+                (changes.added.len(), changes.removed.len(), changes.changed.len());
+            tracing::info!(added, removed, changed, sections = ?report.sections, "reloaded");
+        }
+        Err(error) => tracing::error!("nothing is reloaded: {}", crate::cli::chain(&error)),
+    }
+}
+
+/// What the daemon was told by signal.
+enum SignalName {
+    /// To read its configuration again.
+    Hangup,
+    /// To end.
+    End(&'static str),
+}
+
+/// What the daemon listens to.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
-    async fn next(&mut self) -> &'static str {
+    async fn next(&mut self) -> SignalName {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => SignalName::End("SIGTERM"),
+            _ = self.interrupt.recv() => SignalName::End("SIGINT"),
+            _ = self.hangup.recv() => SignalName::Hangup,
         }
     }
 }

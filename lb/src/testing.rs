@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::config::Config;
+use crate::config::{Config, Current};
 use crate::control::Control;
 use crate::datapath::Event;
 use crate::memory::MemoryDatapath;
@@ -50,7 +50,7 @@ backends = ["chat-1", "chat-2"]
 pub(crate) struct TestControl {
     pub(crate) control: Arc<Control>,
     pub(crate) datapath: Arc<MemoryDatapath>,
-    pub(crate) config: Arc<Config>,
+    pub(crate) config: Current,
     _stop: DropGuard,
 }
 
@@ -67,6 +67,8 @@ impl TestControl {
         let stop = CancellationToken::new();
         let (driven, token) = (control.clone(), stop.clone());
         tokio::spawn(async move { driven.drive(events, token).await });
+        tokio::spawn(control.clone().share(stop.clone()));
+        let config = Current::new(config);
         Self { control, datapath, config, _stop: stop.drop_guard() }
     }
 }

@@ -10,7 +10,9 @@ mod guard;
 mod metrics;
 mod migrations;
 mod problem;
+mod reload;
 mod serve;
+mod shares;
 mod status;
 
 use std::sync::Arc;
@@ -25,25 +27,28 @@ pub use problem::Problem;
 pub use serve::serve;
 pub use status::{HookView, ServiceView, StatusView};
 
-use crate::config::Config;
+use crate::config::Current;
 use crate::control::Control;
 use crate::migrations::Migrations;
+use crate::reload::Reloader;
 
 /// What the handlers work on.
 pub struct Admin {
     /// What the load balancer was told to be.
-    pub config: Arc<Config>,
+    pub config: Current,
     /// The gates.
     pub control: Arc<Control>,
     /// The migrations.
     pub migrations: Arc<Migrations>,
+    /// Reads the configuration again.
+    pub reloader: Arc<Reloader>,
     /// Cancelled when the server is to stop; ends the streams of events.
     pub stop: CancellationToken,
 }
 
 /// The routes.
 pub fn router(admin: Arc<Admin>) -> Router {
-    let loopback = admin.config.admin.listen.ip().is_loopback();
+    let loopback = admin.config.get().admin.listen.ip().is_loopback();
     let hosts = if loopback { guard::Hosts::Loopback } else { guard::Hosts::Any };
     Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -56,6 +61,9 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/backends/{name}/hold", post(cutover::hold))
         .route("/v1/backends/{name}/flip", post(cutover::flip))
         .route("/v1/backends/{name}/resume", post(cutover::resume))
+        .route("/v1/backends/{name}/drain", post(shares::drain))
+        .route("/v1/backends/{name}/undrain", post(shares::undrain))
+        .route("/v1/reload", post(reload::reload))
         .route("/v1/migrations", get(migrations::all).post(migrations::start))
         .route("/v1/migrations/{id}", get(migrations::one).delete(migrations::abort))
         .route("/v1/migrations/{id}/events", get(migrations::events))

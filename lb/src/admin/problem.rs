@@ -59,6 +59,9 @@ impl From<ControlError> for Problem {
                     Refusal::NotStaged => "not-staged",
                 },
             ),
+            ControlError::DrainedByFile(_) => (StatusCode::CONFLICT, "drained-by-configuration"),
+            ControlError::InUse { .. } => (StatusCode::CONFLICT, "backend-in-use"),
+            ControlError::SiteInUse { .. } => (StatusCode::CONFLICT, "site-in-use"),
             ControlError::Staging(_) => (StatusCode::CONFLICT, "staging"),
             ControlError::Datapath(DatapathError::Unreachable { .. }) => {
                 (StatusCode::CONFLICT, "unreachable-site")

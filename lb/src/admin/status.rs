@@ -54,14 +54,15 @@ pub(super) async fn status(State(admin): State<Arc<Admin>>) -> axum::Json<Status
     axum::Json(StatusView {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         hooks: hooks.map(|hook| HookView { interface: hook.interface, mode: hook.mode }).collect(),
-        services: admin.config.plan.services.len(),
+        services: admin.config.get().plan.services.len(),
         backends: admin.control.views(),
         migrations: admin.migrations.all().iter().map(|migration| migration.view()).collect(),
     })
 }
 
 pub(super) async fn services(State(admin): State<Arc<Admin>>) -> axum::Json<Vec<ServiceView>> {
-    let services = admin.config.plan.services.iter().map(|service| ServiceView {
+    let config = admin.config.get();
+    let services = config.plan.services.iter().map(|service| ServiceView {
         name: service.name.clone(),
         address: service.address,
         protocol: match service.protocol {

@@ -1,10 +1,14 @@
-//! The command line: `lb run`, `lb status`, `lb migrate`.
+//! The command line: `lb run`, `lb status`, `lb reload`, `lb drain`, `lb migrate`.
 //!
 //! What lives here: arguments, what is shown, exit codes. The daemon is `run`, the requests are `client`.
 
+mod drain;
 mod migrate;
+mod reload;
 mod status;
 mod text;
+
+pub(crate) use text::chain;
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -35,6 +39,16 @@ enum Command {
     Run(RunArgs),
     /// Show hooks, backends and migrations of a running load balancer.
     Status(StatusArgs),
+    /// Have a running load balancer read its configuration again and apply what differs.
+    ///
+    /// Connections stay. Nothing is applied unless all of it can be; so does SIGHUP, which answers in the log.
+    Reload(ReloadArgs),
+    /// Give a backend no new connections; those that it has stay.
+    ///
+    /// It stays so over reloads and restarts, until `lb undrain`.
+    Drain(DrainArgs),
+    /// Give a drained backend new connections again.
+    Undrain(DrainArgs),
     /// Move a backend to another site and watch it go.
     ///
     /// Exit code: 0 the backend runs at the new site, 1 it was rolled back and runs where it was, 2 nothing was
@@ -63,6 +77,23 @@ struct StatusArgs {
     /// Print what the API answered, as JSON.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct ReloadArgs {
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// Only say what would change.
+    #[arg(long)]
+    check: bool,
+}
+
+#[derive(Debug, Args)]
+struct DrainArgs {
+    /// The backend.
+    backend: String,
+    #[command(flatten)]
+    admin: AdminArgs,
 }
 
 #[derive(Debug, Args)]
@@ -132,12 +163,20 @@ pub fn main(cli: Cli) -> ExitCode {
                 };
                 show.await.map_or_else(|error| failed(&error, NOT_DONE), |()| ExitCode::SUCCESS)
             }
+            Command::Reload(args) => done(reload::command(&args).await),
+            Command::Drain(args) => done(drain::command(&args, true).await),
+            Command::Undrain(args) => done(drain::command(&args, false).await),
             Command::Migrate(args) => migrate::command(args).await,
         }
     });
     // Threads that wait for something must not keep the process.
     runtime.shutdown_background();
     code
+}
+
+/// The exit code of a request.
+fn done(result: Result<(), ClientError>) -> ExitCode {
+    result.map_or_else(|error| failed(&error, NOT_DONE), |()| ExitCode::SUCCESS)
 }
 
 /// Says what went wrong, with what is behind it.

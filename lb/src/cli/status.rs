@@ -62,6 +62,11 @@ fn backend(backend: &BackendView) -> Vec<String> {
         ("expired", _) => format!("{} (deadline passed)", backend.gate),
         _ => backend.gate.clone(),
     };
+    let gate = match (backend.drained, backend.down) {
+        (true, _) => format!("{gate}, drained"),
+        (false, true) => format!("{gate}, DOWN"),
+        (false, false) => gate,
+    };
     let traffic = backend.traffic;
     vec![
         backend.name.clone(),

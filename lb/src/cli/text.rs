@@ -1,7 +1,7 @@
 //! How things are written for a person: tables, sizes, errors with what is behind them.
 
 /// An error and its sources, each said once.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

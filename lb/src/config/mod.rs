@@ -5,6 +5,7 @@
 //! file asks for (interfaces exist, next hops resolve); the datapath finds that out.
 
 mod check;
+mod current;
 mod error;
 mod limits;
 mod prefix;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use check::{Check, CheckPlan, Probe};
+pub use current::Current;
 pub use error::{ConfigError, ConfigErrors, LoadError};
 pub use limits::{FlowTimes, Limits};
 pub use prefix::{Family, Prefix};

@@ -6,17 +6,25 @@
 //!
 //! Not here: how packets are carried (`datapath`), and who asks (`admin`, `migrations`).
 
+mod entry;
 mod machine;
+mod reload;
+mod share;
+mod shares;
 mod view;
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use entry::{Entry, Table};
 pub use machine::{Commands, Event, Machine, Policy, Refusal, State};
+pub use reload::Changes;
+use shares::Shares;
+pub use shares::Standing;
 pub use view::{BackendView, HoldView, TrafficView};
 
 use crate::config;
@@ -39,6 +47,28 @@ pub enum ControlError {
         /// The reason.
         refusal: Refusal,
     },
+    /// The configuration says otherwise.
+    #[error("backend {0:?} is drained by the configuration: remove its drain = true and reload")]
+    DrainedByFile(String),
+    /// A reload would take a backend away, or give it another address, while its packets are held.
+    #[error(
+        "backend {backend:?} is {state}, so it can neither be removed nor get another address; flip or resume it, \
+         then reload"
+    )]
+    InUse {
+        /// The backend.
+        backend: String,
+        /// The state's name.
+        state: &'static str,
+    },
+    /// A reload would take a site away where a backend runs.
+    #[error("site {site:?} is where backend {backend:?} runs: move the backend, or keep the site")]
+    SiteInUse {
+        /// The site.
+        site: String,
+        /// The backend.
+        backend: String,
+    },
     /// A location is being written that the flip would make the active one.
     #[error("backend {0:?}: a site is being staged for it right now; try again")]
     Staging(String),
@@ -58,68 +88,53 @@ pub struct Replay {
     pub ended: Option<HoldStats>,
 }
 
-struct Entry {
-    name: String,
-    number: BackendNumber,
-    address: std::net::SocketAddr,
-    machine: Mutex<Machine>,
-    /// Held while the spare slot is written, which may take as long as the network: not the machine's lock.
-    staging: Mutex<()>,
-    replay: watch::Sender<Replay>,
-}
-
-impl Entry {
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        // A machine is changed in one assignment after all checks: a panic elsewhere leaves it whole.
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The backends' gates.
+/// The backends' gates and their shares of new flows.
 pub struct Control {
     datapath: Arc<dyn Datapath>,
-    hold: config::Hold,
-    entries: BTreeMap<String, Entry>,
-    by_number: HashMap<BackendNumber, String>,
-    sites: BTreeMap<String, SiteNumber>,
+    hold: Mutex<config::Hold>,
+    table: RwLock<Arc<Table>>,
+    /// Those whose gate is not, or lately was not, `forward`: who looks after deadlines looks at no others.
+    closed: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// A hold began: the driver has to look at the deadlines again.
     deadlines: Notify,
+    shares: Mutex<Shares>,
+    /// Services whose effective weights may have changed.
+    stale: Mutex<BTreeSet<String>>,
+    /// Something came to `stale`, or a slow start began.
+    reshare: Notify,
+    /// Held while a plan or weights are written, so that the last word is the newest.
+    installing: Mutex<()>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these guard is changed in single steps: a panic elsewhere leaves it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Control {
     /// Installs the plan and takes over the gates as the tables have them.
     pub fn start(datapath: Arc<dyn Datapath>, plan: &Plan, hold: config::Hold) -> Result<Self, ControlError> {
-        datapath.install(plan)?;
-        let mut sites = BTreeMap::new();
-        for site in &plan.sites {
-            let number =
-                datapath.site(&site.name).ok_or_else(|| ControlError::UnknownSite(site.name.clone()))?;
-            sites.insert(site.name.clone(), number);
+        let shares = Shares::new(plan, &datapath.drained());
+        datapath.install(&reload::weighed(plan, &shares, Instant::now()))?;
+        let table = Table::new(&*datapath, plan, None, hold)?;
+        let closed = table.entries.values().filter(|entry| entry.machine().state() != State::Forward);
+        let closed: BTreeMap<_, _> = closed.map(|entry| (entry.name.clone(), entry.clone())).collect();
+        for entry in closed.values() {
+            let machine = entry.machine();
+            tracing::warn!(backend = %entry.name, gate = ?machine.word(), state = machine.state().label(),
+                "took over a gate that is not forward");
         }
-        let mut entries = BTreeMap::new();
-        let mut by_number = HashMap::new();
-        for backend in &plan.backends {
-            let name = backend.name.clone();
-            let number = datapath.backend(&name).ok_or_else(|| ControlError::UnknownBackend(name.clone()))?;
-            let tables = datapath.state(number);
-            let (machine, commands) = Machine::take_over(tables, Instant::now() + hold.deadline, hold.limits);
-            perform(&*datapath, number, commands);
-            if machine.state() != State::Forward {
-                tracing::warn!(backend = %name, gate = ?machine.word(), state = machine.state().label(),
-                    "took over a gate that is not forward");
-            }
-            by_number.insert(number, name.clone());
-            let entry = Entry {
-                name: name.clone(),
-                number,
-                address: backend.address,
-                machine: Mutex::new(machine),
-                staging: Mutex::new(()),
-                replay: watch::Sender::new(Replay::default()),
-            };
-            entries.insert(name, entry);
-        }
-        Ok(Self { datapath, hold, entries, by_number, sites, deadlines: Notify::new() })
+        Ok(Self {
+            datapath,
+            hold: Mutex::new(hold),
+            table: RwLock::new(Arc::new(table)),
+            closed: Mutex::new(closed),
+            deadlines: Notify::new(),
+            shares: Mutex::new(shares),
+            stale: Mutex::default(),
+            reshare: Notify::new(),
+            installing: Mutex::default(),
+        })
     }
 
     /// What carries the packets.
@@ -129,25 +144,26 @@ impl Control {
 
     /// Defaults and bounds of holds.
     pub fn hold_defaults(&self) -> config::Hold {
-        self.hold
+        *lock(&self.hold)
     }
 
-    fn entry(&self, backend: &str) -> Result<&Entry, ControlError> {
-        self.entries.get(backend).ok_or_else(|| ControlError::UnknownBackend(backend.to_owned()))
+    fn table(&self) -> Arc<Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn entry(&self, backend: &str) -> Result<Arc<Entry>, ControlError> {
+        let unknown = || ControlError::UnknownBackend(backend.to_owned());
+        self.table().entries.get(backend).cloned().ok_or_else(unknown)
     }
 
     fn site(&self, site: &str) -> Result<SiteNumber, ControlError> {
-        self.sites.get(site).copied().ok_or_else(|| ControlError::UnknownSite(site.to_owned()))
-    }
-
-    /// The name of a site; `None` for one that the tables know and the configuration no longer does.
-    fn site_name(&self, number: SiteNumber) -> Option<String> {
-        self.sites.iter().find(|(_, site)| **site == number).map(|(name, _)| name.clone())
+        let unknown = || ControlError::UnknownSite(site.to_owned());
+        self.table().sites.get(site).copied().ok_or_else(unknown)
     }
 
     /// Lets the machine decide and performs what it says, under its lock; the generation after it.
     fn event(&self, entry: &Entry, event: Event) -> Result<u32, ControlError> {
-        let mut machine = entry.machine();
+        let mut machine = entry.live()?;
         match machine.on(event, Instant::now()) {
             Ok(commands) => {
                 perform(&*self.datapath, entry.number, commands);
@@ -165,9 +181,11 @@ impl Control {
         deadline: Option<Duration>,
     ) -> Result<u32, ControlError> {
         let entry = self.entry(backend)?;
-        let deadline_after = deadline.unwrap_or(self.hold.deadline);
+        let defaults = self.hold_defaults();
+        let deadline_after = deadline.unwrap_or(defaults.deadline);
         let deadline = Instant::now() + deadline_after;
-        let generation = self.event(entry, Event::Hold { policy, deadline, limits: self.hold.limits })?;
+        let generation = self.event(&entry, Event::Hold { policy, deadline, limits: defaults.limits })?;
+        lock(&self.closed).insert(entry.name.clone(), entry);
         self.deadlines.notify_one();
         tracing::info!(backend, generation, ?policy, ?deadline_after, "hold");
         Ok(generation)
@@ -181,7 +199,7 @@ impl Control {
         // No flip in between: it would make the slot that is being written the active one.
         let _staging = entry.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let refused = |refusal| ControlError::Refused { backend: entry.name.clone(), refusal };
-        if entry.machine().location() == site {
+        if entry.live()?.location() == site {
             return Err(refused(Refusal::SameLocation));
         }
         self.datapath.stage(entry.number, site).map_err(|error| match error {
@@ -191,7 +209,7 @@ impl Control {
             }
             other => other,
         })?;
-        entry.machine().on(Event::Staged { site }, Instant::now()).map_err(refused)?;
+        entry.live()?.on(Event::Staged { site }, Instant::now()).map_err(refused)?;
         Ok(())
     }
 
@@ -204,19 +222,19 @@ impl Control {
             free => free,
         };
         // Not a word to the log here: a caller measures from the target's report to this store.
-        self.event(entry, Event::Flip { generation, to })
+        self.event(&entry, Event::Flip { generation, to })
     }
 
     /// Opens the gate where it was, replaying what was held. Returns the new generation.
     pub fn resume(&self, backend: &str, generation: u32) -> Result<u32, ControlError> {
-        let new = self.event(self.entry(backend)?, Event::Resume { generation })?;
+        let new = self.event(&*self.entry(backend)?, Event::Resume { generation })?;
         tracing::info!(backend, generation = new, "resume");
         Ok(new)
     }
 
     /// Where a backend's gate stands.
     pub fn state(&self, backend: &str) -> Result<State, ControlError> {
-        Ok(self.entry(backend)?.machine().state())
+        Ok(self.entry(backend)?.live()?.state())
     }
 
     /// The generation of a backend's gate.
@@ -226,16 +244,18 @@ impl Control {
 
     /// Where a backend runs, and where a flip would lead; `None` for sites that the configuration lost.
     pub fn sites_of(&self, backend: &str) -> Result<(Option<String>, Option<String>), ControlError> {
+        let entry = self.entry(backend)?;
         let (location, staged) = {
-            let machine = self.entry(backend)?.machine();
+            let machine = entry.machine();
             (machine.location(), machine.staged())
         };
-        Ok((self.site_name(location), self.site_name(staged)))
+        let table = self.table();
+        Ok((table.site_name(location), table.site_name(staged)))
     }
 
     /// Whether there is a site of this name.
     pub fn knows_site(&self, site: &str) -> bool {
-        self.sites.contains_key(site)
+        self.table().sites.contains_key(site)
     }
 
     /// What the current (or last) hold of a backend has kept and lost.
@@ -255,8 +275,8 @@ impl Control {
     pub async fn replays_ended(&self, patience: Duration) -> bool {
         let give_up = Instant::now() + patience;
         loop {
-            let replaying = |entry: &Entry| entry.machine().state() == State::Replaying;
-            if !self.entries.values().any(replaying) {
+            let replaying = |entry: &Arc<Entry>| entry.machine().state() == State::Replaying;
+            if !lock(&self.closed).values().any(replaying) {
                 return true;
             }
             if Instant::now() >= give_up {
@@ -269,7 +289,11 @@ impl Control {
     /// Acts on deadlines and on the datapath's reports until `stop`.
     pub async fn drive(&self, mut events: mpsc::UnboundedReceiver<datapath::Event>, stop: CancellationToken) {
         loop {
-            let next = self.entries.values().filter_map(|entry| entry.machine().next_tick()).min();
+            let next = {
+                let mut closed = lock(&self.closed);
+                closed.retain(|_, entry| entry.machine().state() != State::Forward);
+                closed.values().filter_map(|entry| entry.machine().next_tick()).min()
+            };
             let deadline = async {
                 match next {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -290,9 +314,10 @@ impl Control {
 
     /// Lets every machine look at the time.
     fn tick(&self) {
-        for entry in self.entries.values() {
+        let closed: Vec<_> = lock(&self.closed).values().cloned().collect();
+        for entry in closed {
             let before = entry.machine().state();
-            match self.event(entry, Event::Tick) {
+            match self.event(&entry, Event::Tick) {
                 Ok(generation) if entry.machine().state() != before => {
                     tracing::warn!(backend = %entry.name, generation,
                         "the hold's deadline passed: packets are dropped until somebody flips or resumes");
@@ -310,7 +335,7 @@ impl Control {
                 *backend
             }
         };
-        let Some(entry) = self.by_number.get(&number).and_then(|name| self.entries.get(name)) else {
+        let Some(entry) = self.table().by_number.get(&number).cloned() else {
             tracing::debug!(?event, "a report about a backend that the configuration does not have");
             return;
         };

@@ -5,7 +5,7 @@ use std::time::Instant;
 use lb_core::Gate;
 use serde::{Deserialize, Serialize};
 
-use super::{Control, ControlError, Entry, State};
+use super::{Control, ControlError, Entry, State, Table};
 use crate::datapath::{HoldStats, Traffic};
 
 /// A backend as the admin API shows it.
@@ -25,6 +25,10 @@ pub struct BackendView {
     pub generation: u32,
     /// Milliseconds until the hold gives up; `null` where nothing is held.
     pub deadline_in_ms: Option<u64>,
+    /// Whether it gets no new flows by somebody's wish.
+    pub drained: bool,
+    /// Whether it gets no new flows because its health checks fail.
+    pub down: bool,
     /// What the current or last hold has kept and lost.
     pub hold: HoldView,
     /// What was carried.
@@ -84,15 +88,17 @@ pub(crate) fn gate_label(gate: Gate) -> &'static str {
 impl Control {
     /// One backend as it is now.
     pub fn view(&self, backend: &str) -> Result<BackendView, ControlError> {
-        Ok(self.view_of(self.entry(backend)?))
+        Ok(self.view_of(&self.table(), &*self.entry(backend)?))
     }
 
     /// All backends as they are now, by name.
     pub fn views(&self) -> Vec<BackendView> {
-        self.entries.values().map(|entry| self.view_of(entry)).collect()
+        let table = self.table();
+        table.entries.values().map(|entry| self.view_of(&table, entry)).collect()
     }
 
-    fn view_of(&self, entry: &Entry) -> BackendView {
+    fn view_of(&self, table: &Table, entry: &Entry) -> BackendView {
+        let standing = self.standing(&entry.name).ok();
         let (word, state, location) = {
             let machine = entry.machine();
             (machine.word(), machine.state(), machine.location())
@@ -107,11 +113,13 @@ impl Control {
         BackendView {
             name: entry.name.clone(),
             address: entry.address,
-            location: self.site_name(location),
+            location: table.site_name(location),
             gate: gate_label(word.gate()).to_owned(),
             state: state.label().to_owned(),
             generation: word.generation(),
             deadline_in_ms,
+            drained: standing.is_some_and(|standing| standing.is_drained()),
+            down: standing.is_some_and(|standing| !standing.is_up()),
             hold: self.datapath.hold_stats(entry.number).into(),
             traffic: self.datapath.traffic(entry.number).into(),
         }

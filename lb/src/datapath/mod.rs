@@ -304,9 +304,18 @@ pub trait Datapath: Send + Sync + 'static {
     /// Which hooks carry packets.
     fn hooks(&self) -> Vec<Hook>;
 
-    /// Writes the plan's services, backends and sites into the tables. Backends that are there already
-    /// keep their number, gate, generation and locations. All or nothing.
+    /// Makes the tables say what the plan says, by what differs. Backends that are there already keep their
+    /// number, gate, generation and locations. All or nothing.
     fn install(&self, plan: &Plan) -> Result<(), DatapathError>;
+
+    /// Shares new flows out by other weights. Only for services of the last plan, with the same backends.
+    fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError>;
+
+    /// Backends that were drained by hand, as [`Datapath::set_drained`] wrote it down.
+    fn drained(&self) -> Vec<String>;
+
+    /// Writes down, for daemons to come, that a backend is drained by hand or is not any more.
+    fn set_drained(&self, backend: &str, drained: bool) -> Result<(), DatapathError>;
 
     /// The number of a backend by name, if the tables have it.
     fn backend(&self, name: &str) -> Option<BackendNumber>;

@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 pub use coordinator::{Agents, Coordinator, Leftover, Seen};
 pub use migration::{Migration, MigrationState, MigrationView, PhaseView, ReportView, Told};
 
-use crate::config::Config;
+use crate::config::Current;
 use crate::control::{Control, ControlError, Policy, State};
 use crate::datapath::Protocol;
 use cutover::MigrationCutover;
@@ -134,7 +134,7 @@ pub struct Outcomes {
 /// The migrations.
 pub struct Migrations {
     control: Arc<Control>,
-    config: Arc<Config>,
+    config: Current,
     coordinator: Arc<dyn Coordinator>,
     inner: Mutex<Inner>,
     tasks: TaskTracker,
@@ -142,7 +142,7 @@ pub struct Migrations {
 
 impl Migrations {
     /// None yet.
-    pub fn new(control: Arc<Control>, config: Arc<Config>, coordinator: Arc<dyn Coordinator>) -> Self {
+    pub fn new(control: Arc<Control>, config: Current, coordinator: Arc<dyn Coordinator>) -> Self {
         Self { control, config, coordinator, inner: Mutex::default(), tasks: TaskTracker::new() }
     }
 
@@ -171,7 +171,7 @@ impl Migrations {
             return Err(MigrationError::NotForward { backend: backend.clone(), state: state.label() });
         }
         let hold = HoldRequest {
-            deadline: wish.deadline.unwrap_or(self.config.hold.deadline),
+            deadline: wish.deadline.unwrap_or(self.config.get().hold.deadline),
             policy: match wish.policy {
                 Policy::Hold => migrate::coordinator::Policy::Hold,
                 Policy::Drop => migrate::coordinator::Policy::Drop,
@@ -195,7 +195,7 @@ impl Migrations {
         target: &str,
         hold: HoldRequest,
     ) -> Result<Spec, MigrationError> {
-        let agent = |site: &str| match self.config.agents.get(site) {
+        let agent = |site: &str| match self.config.get().agents.get(site) {
             Some(url) => Ok(AgentAt { site: site.to_owned(), url: url.clone() }),
             None => Err(MigrationError::NoAgent { site: site.to_owned() }),
         };
@@ -203,7 +203,7 @@ impl Migrations {
             id,
             backend: backend.to_owned(),
             address: self.control.view(backend)?.address,
-            protocol: match self.config.protocol_of(backend) {
+            protocol: match self.config.get().protocol_of(backend) {
                 Protocol::Tcp => migrate::coordinator::Protocol::Tcp,
                 Protocol::Udp => migrate::coordinator::Protocol::Udp,
             },
@@ -327,6 +327,11 @@ impl Migrations {
         let inner = self.inner();
         inner.free(backend)?;
         Ok(act(&self.control)?)
+    }
+
+    /// Whether a migration of a backend is under way.
+    pub fn is_under_way(&self, backend: &str) -> bool {
+        self.inner().active.contains_key(backend)
     }
 
     /// Starts no more, aborts those that can be aborted, and waits for all to end. Whether they did.

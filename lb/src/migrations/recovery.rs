@@ -36,7 +36,7 @@ enum Survey {
 impl Migrations {
     /// Starts the recovery of every backend that needs one, in the background.
     pub fn recover(self: &Arc<Self>) {
-        for backend in &self.config.plan.backends {
+        for backend in &self.config.get().plan.backends {
             let this = self.clone();
             let name = backend.name.clone();
             self.tasks.spawn(async move { this.recover_backend(&name).await });
@@ -52,7 +52,7 @@ impl Migrations {
         let closed = state != State::Forward;
         let agent = |site: Option<String>| {
             let site = site?;
-            let url = self.config.agents.get(&site)?.clone();
+            let url = self.config.get().agents.get(&site)?.clone();
             Some(AgentAt { site, url })
         };
         let (Some(location), Some(other)) = (agent(location), agent(staged)) else {
@@ -161,7 +161,7 @@ impl Migrations {
         let id = id.unwrap_or_else(|| inner.new_id());
         let active_site = location.site.clone();
         let (source, target) = if flipped { (other, location) } else { (location, other) };
-        let hold = HoldRequest { deadline: self.config.hold.deadline, policy: Policy::Hold };
+        let hold = HoldRequest { deadline: self.config.get().hold.deadline, policy: Policy::Hold };
         let (Ok(spec), Ok(generation)) =
             (self.spec(id, backend, &source.site, &target.site, hold), self.control.generation(backend))
         else {

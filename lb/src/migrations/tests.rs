@@ -6,6 +6,7 @@ use migrate::protocol::Role;
 
 use super::script::Play;
 use super::*;
+use crate::config::Config;
 use crate::datapath::{Datapath as _, HoldStats};
 use crate::memory::MemoryDatapath;
 use crate::testing::{CONFIG, TestControl};

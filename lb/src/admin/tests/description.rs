@@ -71,6 +71,7 @@ async fn every_described_route_answers_as_described() {
     let body = |path: &str| match path.rsplit('/').next().unwrap() {
         "hold" => hold().to_string(),
         "flip" => json!({"generation": 2, "to": "fra"}).to_string(),
+        "reload" => json!({"check": false}).to_string(),
         "resume" => json!({"generation": 1}).to_string(),
         "migrations" => json!({"backend": "chat-1", "to": "fra"}).to_string(),
         _ => String::new(),
@@ -98,7 +99,7 @@ async fn every_described_route_answers_as_described() {
             }
         }
     }
-    assert_eq!(seen, 2 * 15, "a route came or went: see to its description");
+    assert_eq!(seen, 2 * 18, "a route came or went: see to its description");
 }
 
 #[tokio::test]
@@ -110,6 +111,7 @@ async fn described_requests_are_the_ones_that_are_taken() {
         ("/v1/backends/nobody/flip", "FlipRequest"),
         ("/v1/backends/nobody/resume", "ResumeRequest"),
         ("/v1/migrations", "MigrationRequest"),
+        ("/v1/reload", "ReloadRequest"),
     ] {
         let schema = &description["components"]["schemas"][request];
         // The error for an unknown field lists the known ones.

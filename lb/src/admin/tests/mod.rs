@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod description;
+mod reload;
 mod use_;
 
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use tokio_util::sync::DropGuard;
 use super::*;
 use crate::client::AdminClient;
 use crate::migrations::Script;
+use crate::reload::Reloader;
 use crate::testing::TestControl;
 
 pub(crate) use crate::migrations::Play;
@@ -25,6 +27,8 @@ pub(crate) struct Server {
     pub(crate) control: TestControl,
     pub(crate) script: Arc<Script>,
     pub(crate) stop: CancellationToken,
+    /// Where the configuration file is.
+    pub(crate) dir: tempfile::TempDir,
     _stop: DropGuard,
 }
 
@@ -51,17 +55,23 @@ impl Server {
         let migrations =
             Arc::new(Migrations::new(control.control.clone(), control.config.clone(), script.clone()));
         let stop = CancellationToken::new();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("lb.toml");
+        std::fs::write(&file, crate::testing::CONFIG).unwrap();
+        let (config, gates) = (control.config.clone(), control.control.clone());
+        let reloader = Reloader::new(Some(file), config.clone(), gates.clone(), migrations.clone());
         let admin = Arc::new(Admin {
-            config: control.config.clone(),
-            control: control.control.clone(),
+            config,
+            control: gates,
             migrations,
+            reloader: Arc::new(reloader),
             stop: stop.clone(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, router(admin), stop.clone()));
         let client = AdminClient::new(&format!("http://{address}")).unwrap();
-        Self { client, address, control, script, stop: stop.clone(), _stop: stop.drop_guard() }
+        Self { client, address, control, script, stop: stop.clone(), dir, _stop: stop.drop_guard() }
     }
 
     pub(crate) async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Answer {

@@ -8,6 +8,7 @@
 
 pub mod batch;
 mod bpf;
+mod drains;
 mod locator;
 mod mapped;
 mod maps;
@@ -27,6 +28,7 @@ use lb_core::record;
 use lb_core::{Direction, GateWord, Reason};
 use tokio::sync::mpsc::UnboundedSender;
 
+use self::drains::Drains;
 use self::maps::{Parts, TrafficBytes};
 use self::pump::Pump;
 use self::shared::SharedTables;
@@ -34,7 +36,7 @@ use self::sites::Sites;
 use self::tables::Tables;
 use super::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
-    SiteNumber, Traffic,
+    ServicePlan, SiteNumber, Traffic,
 };
 use crate::config;
 
@@ -44,6 +46,7 @@ pub struct XdpDatapath {
     shared: Arc<SharedTables>,
     tables: Mutex<Tables>,
     sites: Sites,
+    drains: Drains,
     pump: Pump,
     reasons: PerCpuArray<MapData, u64>,
     traffic: PerCpuArray<MapData, TrafficBytes>,
@@ -64,7 +67,18 @@ impl XdpDatapath {
         let pump = Pump::start(capture, shared.clone(), events)
             .map_err(program::kernel("starting the hold's thread"))?;
         let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
-        Ok(Self { hooks, shared, tables: Mutex::new(tables), sites, pump, reasons, traffic, _ebpf: ebpf })
+        let drains = Drains::new(&config.pin_path);
+        Ok(Self {
+            hooks,
+            shared,
+            tables: Mutex::new(tables),
+            sites,
+            drains,
+            pump,
+            reasons,
+            traffic,
+            _ebpf: ebpf,
+        })
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -78,7 +92,20 @@ impl Datapath for XdpDatapath {
     }
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
-        self.tables().install(plan, &self.sites)
+        self.tables().install(plan, &self.sites)?;
+        self.drains.keep(plan.backends.iter().map(|backend| &*backend.name))
+    }
+
+    fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError> {
+        self.tables().weigh(services)
+    }
+
+    fn drained(&self) -> Vec<String> {
+        self.drains.all()
+    }
+
+    fn set_drained(&self, backend: &str, drained: bool) -> Result<(), DatapathError> {
+        self.drains.set(backend, drained)
     }
 
     fn backend(&self, name: &str) -> Option<BackendNumber> {

@@ -184,18 +184,10 @@ impl Tables {
         rings.extend(former.values());
         for service in &plan.services {
             let ring = free(&rings, RINGS_MOST).ok_or(full("service", RINGS_MOST - 1))?;
-            self.write_ring(ring, service, plan);
+            self.write_ring(ring, service);
             let key = SocketKey::of(service);
             // From here on new flows pick from the new ring.
-            self.put_service(
-                key,
-                Service {
-                    number: ring,
-                    ring: ring * RING_PLACES,
-                    places: RING_PLACES,
-                    options: ServiceOptions::default(),
-                },
-            )?;
+            self.put_service(key, record(ring))?;
             rings.insert(ring);
             if let Some(old) = former.remove(&key) {
                 rings.remove(&old);
@@ -207,16 +199,40 @@ impl Tables {
         Ok(())
     }
 
-    fn write_ring(&self, ring: u32, service: &ServicePlan, plan: &Plan) {
-        let mut members: Vec<&BackendPlan> =
-            plan.backends.iter().filter(|backend| service.backends.contains(&backend.name)).collect();
-        members.sort_by(|a, b| a.name.cmp(&b.name));
+    /// Writes rings anew, each to a free one, for services with other weights.
+    pub fn weigh(&mut self, services: &[ServicePlan]) -> Result<(), DatapathError> {
+        let mut rings: HashSet<u32> = HashSet::new();
+        let mut former: HashMap<SocketKey, u32> = HashMap::new();
+        for (key, service) in entries(&self.services_v4)? {
+            former.insert(SocketKey::V4(key), service.ring / RING_PLACES);
+        }
+        for (key, service) in entries(&self.services_v6)? {
+            former.insert(SocketKey::V6(key), service.ring / RING_PLACES);
+        }
+        rings.extend(former.values());
+        for service in services {
+            let key = SocketKey::of(service);
+            let ring = free(&rings, RINGS_MOST).ok_or(full("service", RINGS_MOST - 1))?;
+            self.write_ring(ring, service);
+            self.put_service(key, record(ring))?;
+            rings.insert(ring);
+            if let Some(old) = former.insert(key, ring) {
+                rings.remove(&old);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_ring(&self, ring: u32, service: &ServicePlan) {
+        let mut members: Vec<(&String, u32)> =
+            service.backends.iter().zip(service.weights.iter().copied()).collect();
+        members.sort();
         let candidates: Vec<Candidate> = members
             .iter()
-            .map(|backend| Candidate {
-                identity: identity(&backend.name),
-                number: self.backend_numbers[&backend.name].0,
-                weight: backend.weight,
+            .map(|(name, weight)| Candidate {
+                identity: identity(name),
+                number: self.backend_numbers[*name].0,
+                weight: *weight,
             })
             .collect();
         let mut places = vec![0; RING_PLACES as usize];
@@ -242,6 +258,15 @@ impl Tables {
             SocketKey::V6(key) => self.services_v6.remove(&key),
         }
         .map_err(kernel("removing a service"))
+    }
+}
+
+fn record(ring: u32) -> Service {
+    Service {
+        number: ring,
+        ring: ring * RING_PLACES,
+        places: RING_PLACES,
+        options: ServiceOptions::default(),
     }
 }
 

@@ -7,6 +7,8 @@ use crate::config::Config;
 use crate::memory::{Call, MemoryDatapath};
 use crate::testing::{CONFIG, TestControl};
 
+mod reload;
+
 const PATIENCE: Duration = Duration::from_secs(5);
 
 fn gates(datapath: &MemoryDatapath) -> Vec<(Gate, Slot, u32)> {
