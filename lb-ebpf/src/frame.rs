@@ -58,9 +58,12 @@ impl Frame for XdpFrame {
 
     #[inline(always)]
     fn of(context: *mut xdp_md) -> Self {
+        // Volatile, or the compiler has a function's caller read them, as numbers to the verifier.
         // SAFETY: the context is valid for the whole run of the program.
-        let (data, end) = unsafe { ((*context).data as usize, (*context).data_end as usize) };
-        Self { context, data, end }
+        let (data, end) = unsafe {
+            ((&raw const (*context).data).read_volatile(), (&raw const (*context).data_end).read_volatile())
+        };
+        Self { context, data: data as usize, end: end as usize }
     }
 
     #[inline(always)]
@@ -150,9 +153,12 @@ impl Frame for SkbFrame {
 
     #[inline(always)]
     fn of(context: *mut __sk_buff) -> Self {
+        // Volatile, or the compiler has a function's caller read them, as numbers to the verifier.
         // SAFETY: the context is valid for the whole run of the program.
-        let (data, end) = unsafe { ((*context).data as usize, (*context).data_end as usize) };
-        Self { context, data, end }
+        let (data, end) = unsafe {
+            ((&raw const (*context).data).read_volatile(), (&raw const (*context).data_end).read_volatile())
+        };
+        Self { context, data: data as usize, end: end as usize }
     }
 
     #[inline(always)]
