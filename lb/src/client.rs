@@ -146,11 +146,56 @@ impl AdminClient {
         })
     }
 
+    /// Opens a stream of bytes.
+    pub async fn pieces(&self, path: &str) -> Result<Pieces, ClientError> {
+        let response = self.send(Method::GET, path, Bytes::new()).await?;
+        Ok(Pieces { client: self.clone(), body: self.accept(response).await? })
+    }
+
     /// Opens a stream of server-sent events.
     pub async fn events(&self, path: &str) -> Result<Events, ClientError> {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         let body = self.accept(response).await?;
         Ok(Events { client: self.clone(), body, unread: BytesMut::new() })
+    }
+}
+
+/// A path with the parameters that are there.
+pub fn query(path: &str, parameters: &[(&str, Option<&str>)]) -> String {
+    let mut text = path.to_owned();
+    for (name, value) in parameters {
+        let Some(value) = value else { continue };
+        text += if text.len() == path.len() { "?" } else { "&" };
+        text += name;
+        text.push('=');
+        for byte in value.bytes() {
+            match byte {
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b':' | b'/' | b',' => {
+                    text.push(byte.into());
+                }
+                _ => text += &format!("%{byte:02X}"),
+            }
+        }
+    }
+    text
+}
+
+/// A stream of bytes as they come.
+pub struct Pieces {
+    client: AdminClient,
+    body: Incoming,
+}
+
+impl Pieces {
+    /// The next bytes; `None` when the stream has ended.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        while let Some(frame) = self.body.frame().await {
+            let frame = frame.map_err(|error| self.client.broken(error))?;
+            if let Ok(data) = frame.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -223,6 +268,13 @@ mod tests {
         for url in ["", "127.0.0.1:7400", "https://127.0.0.1:7400", "http://127.0.0.1:7400/v1", "http://"] {
             assert!(AdminClient::new(url).is_err(), "{url}");
         }
+    }
+
+    #[test]
+    fn parameters_are_escaped() {
+        let all = [("client", Some("2001:db8::/32")), ("service", None), ("backend", Some("a b&c=d%"))];
+        assert_eq!(query("/v1/flows", &all), "/v1/flows?client=2001:db8::/32&backend=a%20b%26c%3Dd%25");
+        assert_eq!(query("/v1/flows", &[("service", None)]), "/v1/flows");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! everything.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -9,6 +10,9 @@ use std::time::Duration;
 use lb_core::{Gate, GateWord, Slot};
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::capture::stream::Sample;
+use crate::config::FlowTimes;
+use crate::datapath::observe::{FlowFilter, FlowList, FlowRow, FlowTable, FlowTables, Member, Observe};
 use crate::datapath::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
     ServicePlan, SiteNumber, Traffic,
@@ -35,6 +39,8 @@ struct Inner {
     weights: BTreeMap<String, Vec<u32>>,
     calls: Vec<Call>,
     slow: Option<(Sender<()>, Receiver<()>)>,
+    flows: Vec<FlowRow>,
+    captures: Vec<(u32, tokio::sync::mpsc::Sender<Sample>)>,
 }
 
 /// The test's end of a network that takes its time with the next staging.
@@ -78,6 +84,25 @@ impl MemoryDatapath {
     /// What the next hold will have kept.
     pub(crate) fn set_stats(&self, stats: HoldStats) {
         self.inner().stats = stats;
+    }
+
+    /// What the flow tables have.
+    pub(crate) fn set_flows(&self, flows: Vec<FlowRow>) {
+        self.inner().flows = flows;
+    }
+
+    /// A packet was sampled.
+    pub(crate) fn offer_sample(&self, sample: &Sample) {
+        for (_, capture) in &self.inner().captures {
+            let _ = capture.try_send(sample.clone());
+        }
+    }
+
+    /// One packet in so many, for each capture that is still read.
+    pub(crate) fn captures(&self) -> Vec<u32> {
+        let mut inner = self.inner();
+        inner.captures.retain(|(_, capture)| !capture.is_closed());
+        inner.captures.iter().map(|(one_in, _)| *one_in).collect()
     }
 
     pub(crate) fn make_unreachable(&self, site: &str) {
@@ -231,5 +256,52 @@ impl Datapath for MemoryDatapath {
 
     fn reasons(&self) -> Vec<(&'static str, u64)> {
         lb_core::Reason::ALL.iter().enumerate().map(|(i, reason)| (reason.label(), i as u64)).collect()
+    }
+}
+
+impl Observe for MemoryDatapath {
+    fn set_flow_times(&self, _: FlowTimes) {}
+
+    fn flows(&self, filter: &FlowFilter) -> Result<FlowList, DatapathError> {
+        let inner = self.inner();
+        let mut flows = inner.flows.clone();
+        flows.retain(|flow| filter.backend.is_none_or(|backend| backend == flow.backend));
+        flows.retain(|flow| filter.client.is_none_or(|client| client.contains(flow.client.ip())));
+        let is_cut = flows.len() > filter.limit;
+        flows.truncate(filter.limit);
+        Ok(FlowList { flows, is_cut })
+    }
+
+    fn flow_tables(&self) -> FlowTables {
+        let table = FlowTable {
+            family: "ipv4",
+            standing: "established",
+            tcp_flows: 5,
+            other_flows: 2,
+            entries: 14,
+            most: 1000,
+        };
+        FlowTables { tables: vec![table], removed: vec![("idle", 3)], pass: Some(Duration::from_millis(20)) }
+    }
+
+    fn members(&self) -> Vec<Member> {
+        let member = |backend: &String| Member {
+            service: "chat".to_owned(),
+            backend: backend.clone(),
+            traffic: self.traffic(BackendNumber(0)),
+            opened: 4,
+            resets: 1,
+        };
+        self.inner().backends.iter().filter(|backend| !backend.is_empty()).map(member).collect()
+    }
+
+    fn sample(&self, one_in: NonZeroU32) -> tokio::sync::mpsc::Receiver<Sample> {
+        let (sender, receiver) = tokio::sync::mpsc::channel(16);
+        self.inner().captures.push((one_in.get(), sender));
+        receiver
+    }
+
+    fn lost_samples(&self) -> u64 {
+        6
     }
 }

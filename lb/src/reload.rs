@@ -101,6 +101,7 @@ impl Reloader {
             if !changes.is_empty() || old.hold != new.hold {
                 self.control.replan(&new.plan, new.hold, |backend| self.migrations.is_under_way(backend))?;
             }
+            self.control.datapath().set_flow_times(new.flows);
             self.current.replace(Arc::new(new));
         }
         let apply_ms = if check { 0.0 } else { start.elapsed().as_secs_f64() * 1e3 };

@@ -64,6 +64,7 @@ pub async fn run(file: &Path) -> Result<(), RunError> {
     let listener = TcpListener::bind(address).await.map_err(|source| RunError::Listen { address, source })?;
     let (events, reports) = unbounded_channel();
     let datapath = open(&config.datapath, events).map_err(RunError::Datapath)?;
+    datapath.set_flow_times(config.flows);
     let control = Control::start(datapath, &config.plan, config.hold).map_err(RunError::Install)?;
     let control = Arc::new(control);
 

@@ -10,6 +10,7 @@ use lb_core::{Class, Reason};
 
 use super::Admin;
 use crate::control::BackendView;
+use crate::datapath::observe::{FlowTables, Member};
 
 pub(super) async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
@@ -48,6 +49,8 @@ fn text(admin: &Admin) -> String {
     let backends = admin.control.views();
     gates(&mut text, &backends);
     traffic(&mut text, &backends);
+    members(&mut text, admin);
+    flows(&mut text, admin);
     holds(&mut text, &backends);
     migrations(&mut text, admin);
     text
@@ -111,6 +114,71 @@ fn traffic(text: &mut String, backends: &[BackendView]) {
             bytes.sample(&[("backend", &backend.name), ("direction", direction)], count);
         }
     }
+}
+
+fn members(text: &mut String, admin: &Admin) {
+    let members = admin.control.datapath().members();
+    let mut each = |name, help, values: &dyn Fn(&Member) -> [(&'static str, u64); 2]| {
+        let mut metric = metric(text, name, "counter", help);
+        for member in &members {
+            for (direction, count) in values(member) {
+                let labels =
+                    [("service", &*member.service), ("backend", &*member.backend), ("direction", direction)];
+                metric.sample(&labels, count);
+            }
+        }
+    };
+    each(
+        "drover_member_packets_total",
+        "Packets of a backend of a service by direction.",
+        &|Member { traffic, .. }| {
+            [("to_backend", traffic.to_backend_packets), ("to_clients", traffic.to_clients_packets)]
+        },
+    );
+    each("drover_member_bytes_total", "Bytes of those, with link headers.", &|Member { traffic, .. }| {
+        [("to_backend", traffic.to_backend_bytes), ("to_clients", traffic.to_clients_bytes)]
+    });
+    let mut opened =
+        metric(text, "drover_member_flows_opened_total", "counter", "New flows of a backend of a service.");
+    for member in &members {
+        opened.sample(&[("service", &member.service), ("backend", &member.backend)], member.opened);
+    }
+    let mut resets =
+        metric(text, "drover_member_resets_total", "counter", "TCP resets from a backend of a service.");
+    for member in &members {
+        resets.sample(&[("service", &member.service), ("backend", &member.backend)], member.resets);
+    }
+}
+
+fn flows(text: &mut String, admin: &Admin) {
+    let FlowTables { tables, removed, pass } = admin.control.datapath().flow_tables();
+    let mut flows = metric(text, "drover_flows", "gauge", "Flows when their table was last looked at.");
+    for table in &tables {
+        for (protocol, count) in [("tcp", table.tcp_flows), ("other", table.other_flows)] {
+            let labels = [("family", table.family), ("standing", table.standing), ("protocol", protocol)];
+            flows.sample(&labels, count);
+        }
+    }
+    let mut entries =
+        metric(text, "drover_flow_entries", "gauge", "Entries of a flow table; most flows have two.");
+    for table in &tables {
+        entries.sample(&[("family", table.family), ("standing", table.standing)], table.entries);
+    }
+    let mut most =
+        metric(text, "drover_flow_entries_limit", "gauge", "Entries that a flow table has room for.");
+    for table in &tables {
+        most.sample(&[("family", table.family), ("standing", table.standing)], table.most);
+    }
+    let mut ended = metric(text, "drover_flows_removed_total", "counter", "Flows removed, by cause.");
+    for (cause, count) in removed {
+        ended.sample(&[("cause", cause)], count);
+    }
+    if let Some(pass) = pass {
+        metric(text, "drover_flow_pass_seconds", "gauge", "How long the last look at every flow took.")
+            .sample(&[], pass.as_secs_f64());
+    }
+    metric(text, "drover_samples_lost_total", "counter", "Sampled packets that no capture got.")
+        .sample(&[], admin.control.datapath().lost_samples());
 }
 
 fn holds(text: &mut String, backends: &[BackendView]) {

@@ -4,8 +4,10 @@
 //! `openapi.json` beside this file, and a test holds them to it. Not here: any decision about a gate or a
 //! migration.
 
+mod capture;
 mod cutover;
 mod extract;
+mod flows;
 mod guard;
 mod metrics;
 mod migrations;
@@ -14,6 +16,7 @@ mod reload;
 mod serve;
 mod shares;
 mod status;
+mod traffic;
 
 use std::sync::Arc;
 
@@ -23,9 +26,11 @@ use axum::routing::{get, post};
 use http::{Method, StatusCode, Uri, header};
 use tokio_util::sync::CancellationToken;
 
+pub use flows::{FlowView, FlowsView};
 pub use problem::Problem;
 pub use serve::serve;
 pub use status::{HookView, ServiceView, StatusView};
+pub use traffic::{BackendTraffic, FlowTableView, FlowTablesView, MemberView, TrafficReport};
 
 use crate::config::Current;
 use crate::control::Control;
@@ -64,6 +69,9 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/backends/{name}/drain", post(shares::drain))
         .route("/v1/backends/{name}/undrain", post(shares::undrain))
         .route("/v1/reload", post(reload::reload))
+        .route("/v1/flows", get(flows::flows))
+        .route("/v1/traffic", get(traffic::traffic))
+        .route("/v1/capture", get(capture::capture))
         .route("/v1/migrations", get(migrations::all).post(migrations::start))
         .route("/v1/migrations/{id}", get(migrations::one).delete(migrations::abort))
         .route("/v1/migrations/{id}/events", get(migrations::events))

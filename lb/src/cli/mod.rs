@@ -1,12 +1,16 @@
-//! The command line: `lb run`, `lb status`, `lb reload`, `lb drain`, `lb migrate`.
+//! The command line: `lb run`, `lb status`, `lb flows`, `lb top`, `lb capture`, `lb reload`, `lb drain`,
+//! `lb migrate`.
 //!
 //! What lives here: arguments, what is shown, exit codes. The daemon is `run`, the requests are `client`.
 
+mod capture;
 mod drain;
+mod flows;
 mod migrate;
 mod reload;
 mod status;
 mod text;
+mod top;
 
 pub(crate) use text::chain;
 
@@ -49,6 +53,14 @@ enum Command {
     Drain(DrainArgs),
     /// Give a drained backend new connections again.
     Undrain(DrainArgs),
+    /// Show the connections that are carried.
+    Flows(flows::FlowsArgs),
+    /// Show what is carried right now, by service and backend.
+    Top(top::TopArgs),
+    /// Capture packets at the load balancer's verdict, with the reason as each packet's comment (pcap-ng).
+    ///
+    /// To watch live: lb capture -w - | wireshark -k -i -
+    Capture(capture::CaptureArgs),
     /// Move a backend to another site and watch it go.
     ///
     /// Exit code: 0 the backend runs at the new site, 1 it was rolled back and runs where it was, 2 nothing was
@@ -166,6 +178,9 @@ pub fn main(cli: Cli) -> ExitCode {
             Command::Reload(args) => done(reload::command(&args).await),
             Command::Drain(args) => done(drain::command(&args, true).await),
             Command::Undrain(args) => done(drain::command(&args, false).await),
+            Command::Flows(args) => done(flows::show(&args).await),
+            Command::Top(args) => done(top::show(&args).await),
+            Command::Capture(args) => capture::command(args).await,
             Command::Migrate(args) => migrate::command(args).await,
         }
     });

@@ -127,3 +127,50 @@ fn arguments() {
         assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
     }
 }
+
+#[test]
+fn flows_are_a_table_that_says_when_it_is_cut() {
+    let flow = |client: &str| crate::admin::FlowView {
+        protocol: "tcp".into(),
+        client: client.parse().unwrap(),
+        service: Some("chat".into()),
+        service_address: "10.0.0.100:6379".parse().unwrap(),
+        backend: Some("chat-1".into()),
+        location: None,
+        source: "10.9.0.1:4000".parse().unwrap(),
+        mode: "nat".into(),
+        state: "half_closed".into(),
+        idle_ms: 1500,
+    };
+    let flows = vec![flow("198.51.100.7:2"), flow("198.51.100.7:1")];
+    let text = super::flows::render(&crate::admin::FlowsView { flows, is_cut: true, limit: 2 });
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("PROTOCOL  CLIENT          SERVICE  BACKEND  LOCATION"), "{text}");
+    assert!(lines[1].starts_with("tcp       198.51.100.7:1  chat     chat-1   unknown"), "{text}");
+    assert!(lines[1].contains("half closed") && lines[1].ends_with("1.5 s"), "{text}");
+    assert!(lines[3].starts_with("There are more than these 2: narrow it down"), "{text}");
+}
+
+#[tokio::test]
+async fn top_shows_what_came_between_two_looks() {
+    let server = Server::new(Play::Commit).await;
+    let look = async || -> crate::admin::TrafficReport {
+        server.client.json(http::Method::GET, "/v1/traffic", None::<&()>).await.unwrap()
+    };
+    let before = look().await;
+    let mut after = before.clone();
+    after.clock_us += 2_000_000;
+    after.members[0].traffic.to_backend_packets += 3_000;
+    after.members[0].traffic.to_clients_bytes += 2_500_000;
+    after.members[0].new_flows += 50;
+    *after.reasons.get_mut("no_flow").unwrap() += 10;
+    let text = super::top::render(&before, &after);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "flows: 7 established, 0 new");
+    assert_eq!(lines[1], "packets/s: no_flow 5.0");
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(words(lines[4]), ["chat", "1.50k", "0", "0", "10.0M", "25", "0"]);
+    assert_eq!(words(lines[5])[..4], ["chat-1", "ams", "forward", "0"]);
+    assert_eq!(words(lines[5])[4..], ["1.50k", "0", "0", "10.0M", "25", "0"]);
+    assert_eq!(words(lines[6])[..3], ["chat-2", "bare", "forward"]);
+}

@@ -46,6 +46,35 @@ pub(super) fn bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// A rate with a unit that keeps the number short: 0, 9.5, 950, 9.50k, 95.0M.
+pub(super) fn rate(per_second: f64) -> String {
+    const UNITS: [&str; 5] = ["", "k", "M", "G", "T"];
+    let mut value = per_second;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let decimals = match (unit, value) {
+        (0, value) if value >= 10.0 || value == 0.0 => 0,
+        (0, _) => 1,
+        (_, value) if value >= 100.0 => 0,
+        (_, value) if value >= 10.0 => 1,
+        _ => 2,
+    };
+    format!("{value:.decimals$}{}", UNITS[unit])
+}
+
+/// A time with the unit that an operator thinks of it in.
+pub(super) fn milliseconds(time: u64) -> String {
+    match time {
+        0..10_000 => format!("{:.1} s", time as f64 / 1e3),
+        10_000..120_000 => format!("{} s", time / 1000),
+        120_000..7_200_000 => format!("{} min", time / 60_000),
+        _ => format!("{} h", time / 3_600_000),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,6 +92,26 @@ mod tests {
             [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (3 << 29, "1.5 GiB")]
         {
             assert_eq!(bytes(size), text);
+        }
+    }
+
+    #[test]
+    fn rates_and_times_are_short() {
+        for (value, text) in [
+            (0.0, "0"),
+            (0.25, "0.2"),
+            (9.5, "9.5"),
+            (950.4, "950"),
+            (9_500.0, "9.50k"),
+            (95_000_000.0, "95.0M"),
+            (123_400_000_000.0, "123G"),
+        ] {
+            assert_eq!(rate(value), text);
+        }
+        for (value, text) in
+            [(0, "0.0 s"), (9_940, "9.9 s"), (59_999, "59 s"), (300_000, "5 min"), (7_200_000, "2 h")]
+        {
+            assert_eq!(milliseconds(value), text);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Control decides (see `control`), a datapath performs: each call here is one store or one message
 //! and never waits for the network. What a datapath finds out by itself comes back as an [`Event`].
 
+pub mod observe;
 mod queue;
 mod segment;
 pub mod xdp;
@@ -10,6 +11,7 @@ pub mod xdp;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use self::observe::Observe;
 use lb_core::{GateWord, Slot};
 
 /// Number of a backend in the data path's tables; stays the same for as long as the tables live.
@@ -300,7 +302,7 @@ pub enum DatapathError {
 }
 
 /// One way of carrying packets. All calls are safe from any thread.
-pub trait Datapath: Send + Sync + 'static {
+pub trait Datapath: Observe {
     /// Which hooks carry packets.
     fn hooks(&self) -> Vec<Hook>;
 

@@ -3,6 +3,7 @@
 mod bad_input;
 mod description;
 mod reload;
+mod seeing;
 mod use_;
 
 use bytes::Bytes;

@@ -133,6 +133,8 @@ fn address<T>(of: *const T) -> u64 {
 pub(super) const HASH: u32 = 1;
 #[cfg(test)]
 pub(super) const ARRAY: u32 = 2;
+#[cfg(test)]
+pub(super) const LRU_HASH: u32 = 9;
 
 /// What one batched reading came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

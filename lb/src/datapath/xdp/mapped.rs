@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
+use super::settings::SharedSettings;
 use lb_core::record::{Backend, HoldCounters};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -22,6 +23,8 @@ pub(super) unsafe trait Shared {}
 unsafe impl Shared for AtomicU64 {}
 // SAFETY: atomics only.
 unsafe impl Shared for HoldCounters {}
+// SAFETY: atomics only.
+unsafe impl Shared for SharedSettings {}
 // SAFETY: word and sites are atomics; the other fields change by a map update only while nothing in this
 // process reads them (they are written by `tables` alone, which keeps its own copy).
 unsafe impl Shared for Backend {}

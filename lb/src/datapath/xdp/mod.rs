@@ -9,13 +9,19 @@
 pub mod batch;
 mod bpf;
 mod drains;
+pub mod expiry;
+pub mod flows;
 mod locator;
 mod mapped;
 mod maps;
+mod observe;
+mod priority;
 pub mod program;
 mod pump;
 pub mod records;
+mod samples;
 mod sender;
+pub mod settings;
 mod shared;
 mod sites;
 mod tables;
@@ -30,10 +36,12 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use self::drains::Drains;
 use self::maps::{Parts, TrafficBytes};
+use self::observe::Observer;
 use self::pump::Pump;
 use self::shared::SharedTables;
 use self::sites::Sites;
 use self::tables::Tables;
+use super::observe::Member;
 use super::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
     ServicePlan, SiteNumber, Traffic,
@@ -50,6 +58,7 @@ pub struct XdpDatapath {
     pump: Pump,
     reasons: PerCpuArray<MapData, u64>,
     traffic: PerCpuArray<MapData, TrafficBytes>,
+    observer: Observer,
     /// Keeps the loaded program's descriptor open; its pinned links keep it running without us.
     _ebpf: aya::Ebpf,
 }
@@ -66,6 +75,7 @@ impl XdpDatapath {
             Sites::start(locations, shared.clone()).map_err(program::kernel("starting the sites' thread"))?;
         let pump = Pump::start(capture, shared.clone(), events)
             .map_err(program::kernel("starting the hold's thread"))?;
+        let observer = Observer::start(&config.pin_path)?;
         let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
         let drains = Drains::new(&config.pin_path);
         Ok(Self {
@@ -77,8 +87,33 @@ impl XdpDatapath {
             pump,
             reasons,
             traffic,
+            observer,
             _ebpf: ebpf,
         })
+    }
+
+    /// Packets and bytes of a member, its new flows, and its resets.
+    fn counters(&self, member: u32) -> (Traffic, u64, u64) {
+        let Ok(per_cpu) = self.traffic.get(&member, 0) else { return Default::default() };
+        per_cpu.iter().fold(Default::default(), |(sum, all_opened, all_resets): (Traffic, u64, u64), cpu| {
+            let record::Traffic { packets, bytes, opened, resets } = records::from_bytes(cpu);
+            let traffic = Traffic {
+                to_backend_packets: sum.to_backend_packets + packets[Direction::ToBackend as usize],
+                to_backend_bytes: sum.to_backend_bytes + bytes[Direction::ToBackend as usize],
+                to_clients_packets: sum.to_clients_packets + packets[Direction::ToClient as usize],
+                to_clients_bytes: sum.to_clients_bytes + bytes[Direction::ToClient as usize],
+            };
+            (traffic, all_opened + opened, all_resets + resets)
+        })
+    }
+
+    fn read_members(&self) -> Vec<Member> {
+        let members = self.tables().members();
+        let member = |(number, service, backend)| {
+            let (traffic, opened, resets) = self.counters(number);
+            Member { service, backend, traffic, opened, resets }
+        };
+        members.into_iter().map(member).collect()
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
@@ -148,16 +183,7 @@ impl Datapath for XdpDatapath {
     }
 
     fn traffic(&self, backend: BackendNumber) -> Traffic {
-        let Ok(per_cpu) = self.traffic.get(&backend.0, 0) else { return Traffic::default() };
-        per_cpu.iter().fold(Traffic::default(), |sum, cpu| {
-            let record::Traffic { packets, bytes, .. } = records::from_bytes(cpu);
-            Traffic {
-                to_backend_packets: sum.to_backend_packets + packets[Direction::ToBackend as usize],
-                to_backend_bytes: sum.to_backend_bytes + bytes[Direction::ToBackend as usize],
-                to_clients_packets: sum.to_clients_packets + packets[Direction::ToClient as usize],
-                to_clients_bytes: sum.to_clients_bytes + bytes[Direction::ToClient as usize],
-            }
-        })
+        self.counters(backend.0).0
     }
 
     fn reasons(&self) -> Vec<(&'static str, u64)> {

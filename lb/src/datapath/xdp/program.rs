@@ -87,6 +87,11 @@ fn attach_new(program: &mut Xdp, interface: &str, mode: XdpMode, pins: &Path) ->
     Ok(())
 }
 
+/// Where the table of a name is pinned.
+pub fn map_pin(pins: &Path, name: &str) -> PathBuf {
+    maps_folder(pins).join(name)
+}
+
 fn maps_folder(pins: &Path) -> PathBuf {
     pins.join("maps")
 }

@@ -45,6 +45,8 @@ pub struct Tables {
     backend_numbers: HashMap<String, BackendNumber>,
     site_numbers: HashMap<String, SiteNumber>,
     next_hops: HashMap<SiteNumber, IpAddr>,
+    /// Member number, service and backend of the last plan.
+    members: Vec<(u32, String, String)>,
 }
 
 impl Tables {
@@ -66,6 +68,7 @@ impl Tables {
             backend_numbers,
             site_numbers,
             next_hops: HashMap::new(),
+            members: Vec::new(),
         })
     }
 
@@ -108,7 +111,19 @@ impl Tables {
         for backend in &plan.backends {
             self.write_backend(backend)?;
         }
-        self.write_services(plan)
+        self.write_services(plan)?;
+        self.members = plan
+            .services
+            .iter()
+            .flat_map(|service| service.backends.iter().map(|backend| (&service.name, backend)))
+            .map(|(service, backend)| (self.backend_numbers[backend].0, service.clone(), backend.clone()))
+            .collect();
+        Ok(())
+    }
+
+    /// Number, service and backend of each member.
+    pub fn members(&self) -> Vec<(u32, String, String)> {
+        self.members.clone()
     }
 
     /// Frees what a former plan had and this one has not: its flows are void from then on.
