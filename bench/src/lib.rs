@@ -15,8 +15,14 @@
 //! interrupt  Ctrl-C
 //! ```
 //!
-//! The `drill` binary puts these together with a lab and the load balancer. Nothing in this library
-//! knows either of them: it needs an address to talk to and the times of the migrations.
+//! The `drill` binary puts these together with a lab and the load balancer. None of them
+//! knows either: they need an address to talk to and the times of the migrations.
+//!
+//! Beside the drill, a benchmark in each of these, with a binary of the same name:
+//!
+//! ```text
+//! xdp        nanoseconds that the XDP program spends on a packet
+//! ```
 
 pub mod clock;
 pub mod driver;
@@ -33,3 +39,4 @@ pub mod table;
 pub mod tally;
 pub mod timeline;
 pub mod verify;
+pub mod xdp;

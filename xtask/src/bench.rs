@@ -14,12 +14,15 @@ use crate::{setup, shell};
 pub enum Bench {
     /// What carries packets between client and server: routing, nftables, haproxy, nginx and Drover side by side
     Path,
+    /// Nanoseconds that the XDP program spends on a packet
+    Xdp,
 }
 
 impl Bench {
     fn program(self) -> &'static str {
         match self {
             Self::Path => "path",
+            Self::Xdp => "xdp",
         }
     }
 
@@ -27,12 +30,14 @@ impl Bench {
     fn packages(self) -> &'static [&'static str] {
         match self {
             Self::Path => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
+            Self::Xdp => &["-p", "bench", "--bin", "xdp"],
         }
     }
 
     fn scope(self) -> setup::Scope {
         match self {
             Self::Path => setup::Scope::Bench,
+            Self::Xdp => setup::Scope::Demo,
         }
     }
 }

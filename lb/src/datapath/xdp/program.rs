@@ -12,7 +12,8 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::datapath::{DatapathError, Hook};
 
-static OBJECT: &[u8] = include_bytes_aligned!(env!("DROVER_EBPF_OBJECT"));
+/// The program and the definitions of its tables, for those who load it otherwise (benchmarks).
+pub static OBJECT: &[u8] = include_bytes_aligned!(env!("DROVER_EBPF_OBJECT"));
 
 const PROGRAM: &str = "drover";
 const BPFFS: &str = "/sys/fs/bpf";

@@ -1,0 +1,207 @@
+//! Measures group after group. Within a group every case and the floors run in turn, round after round: what disturbs
+//! the machine for a while disturbs all of them, and each is compared with the floor of its own rounds.
+
+use anyhow::{Context, Result, ensure};
+use aya::programs::ProgramFd;
+
+use super::case::{self, Case, Extent, Family, Group, Kind, Protocol};
+use super::fixture::{self, Subject};
+use super::handshake;
+use super::packets::{ACK, Clients, SYN, Template};
+use super::report::{CaseReport, Floors, Report};
+use super::wrapper::{Floor, Wrapper};
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Which cases.
+    pub extent: Extent,
+    /// Rounds; each gives a sample of every case.
+    pub rounds: u32,
+    /// Packets of a sample; where a case has more flows, a packet of each.
+    pub packets: u32,
+}
+
+impl Settings {
+    /// For figures that can be quoted.
+    pub const FULL: Settings = Settings { extent: Extent::Full, rounds: 21, packets: 1 << 18 };
+    /// For a look whether everything works.
+    pub const QUICK: Settings = Settings { extent: Extent::Quick, rounds: 3, packets: 1 << 15 };
+}
+
+/// What is under way.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// What is being done.
+    pub doing: String,
+    /// Groups that are done.
+    pub done: u64,
+    /// Groups in all.
+    pub groups: u64,
+}
+
+/// Share of a case's packets that may end otherwise than the case says: tables with least-recently-used eviction
+/// sometimes lose a flow before they are full.
+const STRAY_MOST: f64 = 0.001;
+
+/// Measures everything.
+pub fn run(settings: Settings, mut watch: impl FnMut(Progress)) -> Result<Report> {
+    let groups = case::groups(settings.extent);
+    let mut wrapper = Wrapper::load()?;
+    let mut floors = Floors::default();
+    let mut cases = Vec::new();
+    for (done, group) in (0..).zip(&groups) {
+        let (mode, family, protocol) = group.subject;
+        let name = format!("{} {} {}", mode.label(), family.label(), protocol.label());
+        let mut tell = |doing: String| watch(Progress { doing, done, groups: groups.len() as u64 });
+        let measured = Session::prepare(group, &mut wrapper, |flows| {
+            tell(format!("{name}: {flows} of {} flows established", group.established));
+        })
+        .and_then(|mut session| {
+            for round in 0..settings.rounds {
+                tell(format!("{name}: round {} of {}", round + 1, settings.rounds));
+                session.round(&mut wrapper, settings.packets)?;
+            }
+            Ok(session)
+        })
+        .with_context(|| format!("measuring {name}"))?;
+        measured.summarize(&mut floors, &mut cases);
+    }
+    Ok(Report::new(settings.rounds, floors, cases))
+}
+
+/// A group under measurement.
+struct Session {
+    subject: Subject,
+    family: Family,
+    protocol: Protocol,
+    entries: Vec<Entry>,
+}
+
+/// Something that gets a sample in each round.
+struct Entry {
+    what: What,
+    target: ProgramFd,
+    template: Template,
+    flows: u32,
+    samples: Vec<f64>,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Floor(Floor),
+    Case(Case),
+}
+
+impl Session {
+    fn prepare(group: &Group, wrapper: &mut Wrapper, progress: impl FnMut(u32)) -> Result<Self> {
+        let (mode, family, protocol) = group.subject;
+        let mut subject = Subject::load(mode, family, group.capacity)?;
+        handshake::establish(&mut subject, group.subject, group.established, progress)?;
+        let mut entries = Vec::new();
+        let mut floors = vec![Floor::Transmit];
+        if (family, protocol) == (Family::V4, Protocol::Tcp) {
+            floors.push(Floor::Ipip);
+        }
+        for floor in floors {
+            entries.push(Entry {
+                what: What::Floor(floor),
+                target: wrapper.floor(floor)?,
+                template: Template::new(family, protocol, Clients::Known, ACK),
+                flows: 1,
+                samples: Vec::new(),
+            });
+        }
+        for case in &group.cases {
+            let (clients, flags) = match case.kind {
+                Kind::Hit => (Clients::Known, ACK),
+                Kind::Miss => (Clients::Strangers, ACK),
+                Kind::Syn => (Clients::Strangers, SYN),
+            };
+            entries.push(Entry {
+                what: What::Case(*case),
+                target: subject.fd()?,
+                template: Template::new(family, protocol, clients, flags),
+                flows: case.flows,
+                samples: Vec::new(),
+            });
+        }
+        let session = Self { subject, family, protocol, entries };
+        session.check_wrapper(wrapper)?;
+        Ok(session)
+    }
+
+    /// The wrapper, through the XDP_TX floor, makes the packets that flows were established with.
+    fn check_wrapper(&self, wrapper: &mut Wrapper) -> Result<()> {
+        let transmit = wrapper.floor(Floor::Transmit)?;
+        for entry in &self.entries {
+            let mut template = entry.template.clone();
+            wrapper.aim(template.bytes(), entry.flows, &transmit)?;
+            let (made, client) = wrapper.one(self.family, self.protocol, template.bytes())?;
+            ensure!(made == template.of(client), "the wrapper makes other packets than the harness");
+        }
+        Ok(())
+    }
+
+    fn round(&mut self, wrapper: &mut Wrapper, packets: u32) -> Result<()> {
+        let (family, protocol) = (self.family, self.protocol);
+        for entry in &mut self.entries {
+            let template = entry.template.bytes();
+            wrapper.aim(template, entry.flows, &entry.target)?;
+            // The others' packets have left the caches as they pleased.
+            wrapper.run(family, protocol, template, entry.flows.clamp(packets / 8, packets))?;
+            let counted = |subject: &Subject| match entry.what {
+                What::Case(case) => subject.counted(fixture::expected(&case)),
+                What::Floor(_) => Ok(0),
+            };
+            let packets = packets.max(entry.flows);
+            let before = counted(&self.subject)?;
+            let run = wrapper.run(family, protocol, template, packets)?;
+            if let What::Case(case) = entry.what {
+                let as_expected = counted(&self.subject)? - before;
+                ensure!(
+                    as_expected as f64 >= f64::from(packets) * (1.0 - STRAY_MOST),
+                    "only {as_expected} of {packets} packets ended as {:?}, as those of case {} with {} flows must",
+                    fixture::expected(&case),
+                    case.kind.label(),
+                    case.flows
+                );
+            }
+            entry.samples.push(run.ns);
+        }
+        Ok(())
+    }
+
+    fn summarize(self, floors: &mut Floors, cases: &mut Vec<CaseReport>) {
+        let mut transmit_ns = f64::INFINITY;
+        for entry in self.entries {
+            let (min, median) = summary(entry.samples);
+            match entry.what {
+                What::Floor(Floor::Transmit) => {
+                    transmit_ns = min;
+                    Floors::lower(&mut floors.xdp_tx_ns, min);
+                }
+                What::Floor(Floor::Ipip) => Floors::lower(&mut floors.ipip_ns, min),
+                What::Case(case) => cases.push(CaseReport::new(case, min, median, min / transmit_ns)),
+            }
+        }
+    }
+}
+
+/// Least and median.
+fn summary(mut samples: Vec<f64>) -> (f64, f64) {
+    samples.sort_by(f64::total_cmp);
+    let middle = samples.len() / 2;
+    (samples.first().copied().unwrap_or(0.0), samples.get(middle).copied().unwrap_or(0.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_is_least_and_median() {
+        assert_eq!(summary(vec![3.0, 1.0, 2.0]), (1.0, 2.0));
+        assert_eq!(summary(vec![]), (0.0, 0.0));
+    }
+}
