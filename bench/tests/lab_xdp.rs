@@ -24,7 +24,9 @@ fn a_quick_run_reports_every_kind_of_case() {
         assert!(report["floors"][floor].as_f64() > Some(0.0), "{floor}: {text}");
     }
     let cases = report["cases"].as_array().expect("cases");
-    for family in ["v4", "v6"] {
+    for (mode, family) in
+        ["nat", "transparent", "dsr"].into_iter().flat_map(|mode| [(mode, "v4"), (mode, "v6")])
+    {
         for (protocol, kind, flows) in [
             ("tcp", "hit", 1),
             ("tcp", "hit", 1024),
@@ -35,13 +37,19 @@ fn a_quick_run_reports_every_kind_of_case() {
         ] {
             let is_it = |case: &&Value| {
                 (&case["mode"], &case["family"], &case["protocol"], &case["case"], &case["flows"])
-                    == (&"nat".into(), &family.into(), &protocol.into(), &kind.into(), &flows.into())
+                    == (&mode.into(), &family.into(), &protocol.into(), &kind.into(), &flows.into())
             };
-            let case =
-                cases.iter().find(is_it).unwrap_or_else(|| panic!("{family} {protocol} {kind}: {text}"));
+            let case = cases
+                .iter()
+                .find(is_it)
+                .unwrap_or_else(|| panic!("{mode} {family} {protocol} {kind}: {text}"));
             let (min, median) = (case["ns_min"].as_f64(), case["ns_median"].as_f64());
             assert!(min > Some(0.0) && min <= median && case["ratio"].as_f64() > Some(0.0), "{case}");
         }
+    }
+    for feature in ["sampling", "path_mtu", "flow_limits"] {
+        let features = report["features"].as_array().expect("features");
+        assert!(features.iter().any(|row| row["feature"] == feature && row["ns_cost"].is_number()), "{text}");
     }
     assert!(std::fs::read_to_string(plot).expect("a plot").starts_with("<svg"));
 }

@@ -10,12 +10,14 @@ use aya::programs::ProgramFd;
 use aya::{Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions};
 use lb::datapath::xdp::program;
 use lb::datapath::xdp::records::{Record, to_bytes};
-use lb_core::maglev::{Candidate, RING_SIZE, Turn, identity, populate};
-use lb_core::record::{Backend, LAYOUT_VERSION, Link, Location, NatSource, Service, ServiceKey};
-use lb_core::{Gate, GateWord, Reason, Slot};
+use lb_core::maglev::{Candidate, Turn, identity, populate, ring_size};
+use lb_core::record::{
+    Backend, LAYOUT_VERSION, Link, Location, NatSource, Place, Service, ServiceKey, ServiceOptions, Settings,
+};
+use lb_core::{Flow, FlowKey, Gate, GateWord, Reason, Slot};
 
 use super::PINS;
-use super::case::{Case, Family, Kind, Mode, Protocol};
+use super::case::{Case, Family, Feature, Kind, Mode};
 use super::packets;
 
 /// `BPF_PROG_TEST_RUN` lets packets arrive on the loopback interface; a location behind it makes the verdict XDP_TX.
@@ -26,32 +28,29 @@ pub const SITE_LINK: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 0xa], [2, 0, 0, 0, 1,
 /// Backends behind the service.
 const BACKENDS: u32 = 16;
 const SITE: u32 = 0;
-const RING: u32 = 0;
 
 /// NAT addresses: 256, so that ports do not become scarce with a million flows.
 const NAT_HOSTS: u32 = 0xff;
 
-/// A table that fills evenly needs room beside its entries; an LRU table twice as much.
-const ROOM: u32 = 2;
-/// Entries of a flow: one for each direction.
+/// Entries of a flow at most: one for each direction.
 const DIRECTIONS: u32 = 2;
-const UNUSED: u32 = 1024;
 
 /// The loaded program.
 pub struct Subject {
     ebpf: Ebpf,
     reasons: PerCpuArray<MapData, u64>,
+    mode: Mode,
+    family: Family,
 }
 
 impl Subject {
-    /// Loads the program with a service in this mode, and tables for this many flows.
-    pub fn load(mode: Mode, family: Family, capacity: u32) -> Result<Self> {
+    /// Loads the program with a service in this mode, and tables of the usual size or for so many flows.
+    pub fn load(mode: Mode, family: Family, capacity: Option<u32>) -> Result<Self> {
         let pins = pins()?;
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&pins);
-        for (table, of) in [("FLOWS_V4", Family::V4), ("FLOWS_V6", Family::V6)] {
-            let entries = if of == family { capacity * DIRECTIONS * ROOM } else { UNUSED };
-            loader.map_max_entries(table, entries);
+        if let Some(capacity) = capacity {
+            loader.map_max_entries(established(family), capacity * DIRECTIONS);
         }
         let mut ebpf = loader.load(program::OBJECT).context("cannot load the XDP program's tables")?;
         // The tables live as long as the program; their names are not needed.
@@ -59,7 +58,41 @@ impl Subject {
         program::program(&mut ebpf)?.load().context("the kernel refuses the XDP program")?;
         fill(&mut ebpf, mode, family)?;
         let reasons = ebpf.take_map("REASONS").context("the program has no REASONS")?.try_into()?;
-        Ok(Self { ebpf, reasons })
+        Ok(Self { ebpf, reasons, mode, family })
+    }
+
+    /// Switches a feature on, or all of them off.
+    pub fn switch(&mut self, feature: Option<Feature>) -> Result<()> {
+        let mut settings = Settings::default();
+        let mut location = location(self.mode, self.family);
+        match feature {
+            None => {}
+            Some(Feature::Sampling) => settings.sample = 1000,
+            Some(Feature::PathMtu) => location.mtu = 1500,
+            Some(Feature::FlowLimits) => {
+                settings.window = 100;
+                settings.new_flows_per_cpu = u32::MAX;
+                settings.new_flows_per_prefix = u32::MAX;
+            }
+        }
+        set::<{ size_of::<Settings>() }, _>(&mut self.ebpf, "SETTINGS", 0, &settings)?;
+        set::<{ size_of::<Location>() }, _>(&mut self.ebpf, "LOCATIONS", SITE, &location)
+    }
+
+    /// Entries of flows that are not established.
+    pub fn newcomers(&mut self) -> Result<usize> {
+        fn count<const KEY: usize, const FLOW: usize>(ebpf: &mut Ebpf, name: &str) -> Result<usize> {
+            let map: HashMap<_, [u8; KEY], [u8; FLOW]> = map(ebpf, name)?.try_into()?;
+            Ok(map.keys().count())
+        }
+        match self.family {
+            Family::V4 => {
+                count::<{ size_of::<FlowKey<1>>() }, { size_of::<Flow<1>>() }>(&mut self.ebpf, "NEWCOMERS_V4")
+            }
+            Family::V6 => {
+                count::<{ size_of::<FlowKey<4>>() }, { size_of::<Flow<4>>() }>(&mut self.ebpf, "NEWCOMERS_V6")
+            }
+        }
     }
 
     /// The program, to be called by the wrapper.
@@ -86,9 +119,14 @@ impl Subject {
 
 /// The reason that every packet of a case must end with, else it was not what was measured.
 pub fn expected(case: &Case) -> Reason {
-    match (case.kind, case.protocol) {
-        (Kind::Hit | Kind::Syn, _) | (Kind::Miss, Protocol::Udp) => Reason::ToBackend,
-        (Kind::Miss, Protocol::Tcp) => Reason::NoFlow,
+    if case.kind == Kind::Hit || case.opens_flows() { Reason::ToBackend } else { Reason::NoFlow }
+}
+
+/// The table of established flows.
+fn established(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "FLOWS_V4",
+        Family::V6 => "FLOWS_V6",
     }
 }
 
@@ -102,76 +140,97 @@ fn pins() -> Result<PathBuf> {
 }
 
 fn fill(ebpf: &mut Ebpf, mode: Mode, family: Family) -> Result<()> {
-    let Mode::Nat = mode;
     array::<u64>(ebpf, "LAYOUT")?.set(0, LAYOUT_VERSION, 0)?;
-    let (neighbour, own) = SITE_LINK;
-    let location = Location { link: Link::new(INTERFACE, neighbour, own) };
-    set::<{ size_of::<Location>() }, _>(ebpf, "LOCATIONS", SITE, &location)?;
+    set::<{ size_of::<Location>() }, _>(ebpf, "LOCATIONS", SITE, &location(mode, family))?;
     for number in 0..BACKENDS {
         set::<{ size_of::<Backend>() }, _>(ebpf, "BACKENDS", number, &backend(family, number))?;
     }
-    fill_ring(ebpf)?;
+    let service = Service { number: 0, ring: 0, places: fill_ring(ebpf)?, options: options(mode) };
     match family {
         Family::V4 => fill_family::<1, { size_of::<ServiceKey<1>>() }, { size_of::<NatSource<1>>() }>(
             ebpf,
             family,
+            &service,
             ["SERVICES_V4", "NAT_V4"],
         ),
         Family::V6 => fill_family::<4, { size_of::<ServiceKey<4>>() }, { size_of::<NatSource<4>>() }>(
             ebpf,
             family,
+            &service,
             ["SERVICES_V6", "NAT_V6"],
         ),
     }
 }
 
-fn backend(family: Family, number: u32) -> Backend {
-    let host = number as u16 + 1;
-    let address: IpAddr = match family {
-        Family::V4 => Ipv4Addr::new(10, 1, 0, host as u8).into(),
-        Family::V6 => Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, host).into(),
+fn options(mode: Mode) -> ServiceOptions {
+    let mode = match mode {
+        Mode::Nat => lb_core::Mode::Nat,
+        Mode::Transparent => lb_core::Mode::Transparent,
+        Mode::Dsr => lb_core::Mode::Dsr,
     };
-    let record = Backend { address: words(address), port: 8080_u16.to_be(), ..Backend::default() };
+    ServiceOptions::new(mode, false)
+}
+
+fn location(mode: Mode, family: Family) -> Location {
+    let (neighbour, own) = SITE_LINK;
+    let link = Link::new(INTERFACE, neighbour, own);
+    let [ours, theirs] = [254, 1].map(|host| words(address(family, 2, host)));
+    match (mode, family) {
+        (Mode::Nat | Mode::Transparent, _) => Location::plain(link, 0),
+        (Mode::Dsr, Family::V4) => Location::tunnel4(link, 0, ours[3], theirs[3]),
+        (Mode::Dsr, Family::V6) => Location::tunnel6(link, 0, ours, theirs),
+    }
+}
+
+/// A host of one of the fixture's networks.
+fn address(family: Family, network: u16, host: u16) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(10, network as u8, 0, host as u8).into(),
+        Family::V6 => Ipv6Addr::new(0xfd00, network, 0, 0, 0, 0, 0, host).into(),
+    }
+}
+
+fn backend(family: Family, number: u32) -> Backend {
+    let address = words(address(family, 1, number as u16 + 1));
+    let record = Backend { address, port: 8080_u16.to_be(), ..Backend::default() };
     record.word.store(GateWord::new(Gate::Forward, Slot::A, 1).bits(), Relaxed);
     record.sites.store([SITE, SITE]);
     record
 }
 
-fn fill_ring(ebpf: &mut Ebpf) -> Result<()> {
+/// Fills the first ring; how many places it has.
+fn fill_ring(ebpf: &mut Ebpf) -> Result<u32> {
     let candidates: Vec<Candidate> = (0..BACKENDS)
         .map(|number| Candidate { identity: identity(&number.to_string()), number, weight: 1 })
         .collect();
-    let mut places = vec![0; RING_SIZE as usize];
+    let mut places = vec![0; ring_size(candidates.len()) as usize];
     populate(&mut places, &candidates, &mut vec![Turn::default(); candidates.len()]);
     let mut rings = array::<u64>(ebpf, "RINGS")?;
-    for (place, number) in (RING * RING_SIZE..).zip(places) {
-        rings.set(place, u64::from(number), 0)?;
+    for (index, number) in (0..).zip(&places) {
+        rings.set(index, Place::new(*number, *number).bits(), 0)?;
     }
-    Ok(())
+    Ok(places.len() as u32)
 }
 
 fn fill_family<const W: usize, const KEY: usize, const NAT: usize>(
     ebpf: &mut Ebpf,
     family: Family,
+    service: &Service,
     [services, nat]: [&str; 2],
 ) -> Result<()> {
-    let address = packets::service(family);
+    let virtual_address = packets::service(family);
     let mut map: HashMap<_, [u8; KEY], [u8; size_of::<Service>()]> = map(ebpf, services)?.try_into()?;
     for protocol in [lb_core::decide::TCP, lb_core::decide::UDP] {
         let key = ServiceKey::<W> {
-            address: narrow(words(address.ip())),
-            port: address.port().to_be(),
+            address: narrow(words(virtual_address.ip())),
+            port: virtual_address.port().to_be(),
             protocol: u16::from(protocol),
         };
-        map.insert(to_bytes::<KEY, _>(&key), to_bytes(&Service { number: 0, ring: RING }), 0)?;
+        map.insert(to_bytes::<KEY, _>(&key), to_bytes(service), 0)?;
     }
-    let base: IpAddr = match family {
-        Family::V4 => Ipv4Addr::new(10, 9, 0, 0).into(),
-        Family::V6 => Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 0).into(),
-    };
     let mut host_mask = [0; W];
     host_mask[W - 1] = NAT_HOSTS.to_be();
-    let source = NatSource::<W> { base: narrow(words(base)), host_mask };
+    let source = NatSource::<W> { base: narrow(words(address(family, 9, 0))), host_mask };
     set::<NAT, _>(ebpf, nat, 0, &source)
 }
 

@@ -1,6 +1,6 @@
 //! Opens flows as clients and servers do: every packet goes through the program under test.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use lb_core::host::Frame;
 
 use super::case::{Family, Mode, Protocol};
@@ -20,7 +20,10 @@ pub fn establish(
     for number in 0..flows {
         let what = || format!("flow {number} of {flows} could not be established");
         let translated = subject.send(first.of(number))?.with_context(what)?;
-        if mode.sees_replies() {
+        if mode == Mode::Dsr {
+            // Answers go past the load balancer: only further packets show that the client hears the server.
+            subject.send(next.of(number))?.with_context(what)?;
+        } else {
             subject.send(&answer(translated, protocol).0)?.with_context(what)?;
         }
         subject.send(next.of(number))?.with_context(what)?;
@@ -29,6 +32,8 @@ pub fn establish(
         }
     }
     progress(flows);
+    let waiting = subject.newcomers()?;
+    ensure!(waiting == 0, "{waiting} entries of {flows} flows are not established");
     Ok(())
 }
 

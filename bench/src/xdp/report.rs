@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::case::{Case, Family, Kind, Mode, Protocol};
+use super::case::{Case, Family, Feature, Kind, Mode, Protocol};
 use crate::plot::{Axis, Chart, Group, Reference};
 use crate::table::{Table, number};
 
@@ -17,6 +17,8 @@ pub struct Report {
     pub floors: Floors,
     /// The cases.
     pub cases: Vec<CaseReport>,
+    /// What features add to a packet.
+    pub features: Vec<FeatureReport>,
 }
 
 /// Nanoseconds of the floors, wrapper included: the least of all rounds.
@@ -67,15 +69,48 @@ impl CaseReport {
     }
 }
 
+/// What a feature adds to the packets of a case.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct FeatureReport {
+    /// Which.
+    pub feature: Feature,
+    /// Of the service.
+    pub mode: Mode,
+    /// Of the packets.
+    pub family: Family,
+    /// Of the packets.
+    pub protocol: Protocol,
+    /// Which packets.
+    pub case: Kind,
+    /// Clients that they came from.
+    pub flows: u32,
+    /// Nanoseconds of a packet without it, the least of all rounds.
+    pub ns_without: f64,
+    /// With it, in the same rounds.
+    pub ns_with: f64,
+    /// The difference.
+    pub ns_cost: f64,
+}
+
+impl FeatureReport {
+    /// A feature's cost in a case.
+    pub fn new(case: Case, feature: Feature, without: f64, with: f64) -> Self {
+        let Case { mode, family, protocol, kind, flows } = case;
+        let [ns_without, ns_with, ns_cost] = [without, with, with - without].map(rounded);
+        Self { feature, mode, family, protocol, case: kind, flows, ns_without, ns_with, ns_cost }
+    }
+}
+
 fn rounded(value: f64) -> f64 {
     (value * 100.0).round() / 100.0
 }
 
 impl Report {
-    /// A report of what was measured on this machine.
-    pub fn new(rounds: u32, floors: Floors, cases: Vec<CaseReport>) -> Self {
+    /// An empty report of this machine.
+    pub fn of_this_machine(rounds: u32) -> Self {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        Self { kernel: kernel.trim().to_owned(), rounds, floors, cases }
+        let kernel = kernel.trim().to_owned();
+        Self { kernel, rounds, floors: Floors::default(), cases: vec![], features: vec![] }
     }
 
     /// For a terminal.
@@ -94,6 +129,12 @@ impl Report {
                 number(*ns_median),
                 number(*ratio),
             ]);
+        }
+        for feature in &self.features {
+            let FeatureReport { mode, family, protocol, case, flows, ns_cost, .. } = feature;
+            let subject = [mode.label(), family.label(), protocol.label(), case.label()].join(" ");
+            let name = format!("{}, {subject}", feature.feature.label());
+            table.row([name, flows.to_string(), format!("{ns_cost:+.1}")]);
         }
         table
     }
@@ -161,11 +202,14 @@ mod tests {
     fn report() -> Report {
         let case =
             |kind, flows| Case { mode: Mode::Nat, family: Family::V4, protocol: Protocol::Tcp, kind, flows };
-        let cases = vec![
+        let mut report = Report::of_this_machine(5);
+        report.floors = Floors { xdp_tx_ns: 24.0, ipip_ns: 37.0 };
+        report.cases = vec![
             CaseReport::new(case(Kind::Hit, 1), 60.0, 61.004, 2.5),
             CaseReport::new(case(Kind::Syn, 1024), 600.0, 610.0, 25.0),
         ];
-        Report::new(5, Floors { xdp_tx_ns: 24.0, ipip_ns: 37.0 }, cases)
+        report.features = vec![FeatureReport::new(case(Kind::Hit, 1), Feature::Sampling, 60.0, 63.5)];
+        report
     }
 
     #[test]
@@ -179,6 +223,14 @@ mod tests {
                 "ns_min": 60.0, "ns_median": 61.0, "ratio": 2.5
             })
         );
+    }
+
+    #[test]
+    fn a_features_cost_is_the_difference_and_has_its_sign() {
+        let report = report();
+        assert_eq!(report.features[0].ns_cost, 3.5);
+        let table = report.table().to_string();
+        assert!(table.contains("sampling 1/1000, nat v4 tcp hit") && table.contains("  +3.5"), "{table}");
     }
 
     #[test]
@@ -197,6 +249,11 @@ mod tests {
         assert_eq!(charts[0].groups.len(), 2);
         assert_eq!(charts[0].groups[0].values, [Some(60.0), None, None, None]);
         let table = report().table().to_string();
-        assert!(table.contains("nat v4 tcp syn   1024     600     610     25.0"), "{table}");
+        assert!(
+            table.lines().any(|line| {
+                line.split_whitespace().eq(["nat", "v4", "tcp", "syn", "1024", "600", "610", "25.0"])
+            }),
+            "{table}"
+        );
     }
 }

@@ -4,11 +4,11 @@
 use anyhow::{Context, Result, ensure};
 use aya::programs::ProgramFd;
 
-use super::case::{self, Case, Extent, Family, Group, Kind, Protocol};
+use super::case::{self, Case, Extent, Family, Feature, Group, Kind, Protocol};
 use super::fixture::{self, Subject};
 use super::handshake;
 use super::packets::{ACK, Clients, SYN, Template};
-use super::report::{CaseReport, Floors, Report};
+use super::report::{CaseReport, FeatureReport, Floors, Report};
 use super::wrapper::{Floor, Wrapper};
 
 /// How much is measured.
@@ -48,8 +48,7 @@ const STRAY_MOST: f64 = 0.001;
 pub fn run(settings: Settings, mut watch: impl FnMut(Progress)) -> Result<Report> {
     let groups = case::groups(settings.extent);
     let mut wrapper = Wrapper::load()?;
-    let mut floors = Floors::default();
-    let mut cases = Vec::new();
+    let mut report = Report::of_this_machine(settings.rounds);
     for (done, group) in (0..).zip(&groups) {
         let (mode, family, protocol) = group.subject;
         let name = format!("{} {} {}", mode.label(), family.label(), protocol.label());
@@ -65,9 +64,9 @@ pub fn run(settings: Settings, mut watch: impl FnMut(Progress)) -> Result<Report
             Ok(session)
         })
         .with_context(|| format!("measuring {name}"))?;
-        measured.summarize(&mut floors, &mut cases);
+        measured.summarize(&mut report);
     }
-    Ok(Report::new(settings.rounds, floors, cases))
+    Ok(report)
 }
 
 /// A group under measurement.
@@ -91,6 +90,17 @@ struct Entry {
 enum What {
     Floor(Floor),
     Case(Case),
+    /// A case with a feature switched on.
+    Feature(Case, Feature),
+}
+
+impl What {
+    fn case(self) -> Option<Case> {
+        match self {
+            What::Floor(_) => None,
+            What::Case(case) | What::Feature(case, _) => Some(case),
+        }
+    }
 }
 
 impl Session {
@@ -112,14 +122,19 @@ impl Session {
                 samples: Vec::new(),
             });
         }
-        for case in &group.cases {
+        let features = group.features.iter().flat_map(|(feature, flows)| {
+            let with = group.cases.iter().filter(|case| case.flows == *flows);
+            with.map(|case| What::Feature(*case, *feature))
+        });
+        for what in group.cases.iter().copied().map(What::Case).chain(features) {
+            let Some(case) = what.case() else { continue };
             let (clients, flags) = match case.kind {
                 Kind::Hit => (Clients::Known, ACK),
                 Kind::Miss => (Clients::Strangers, ACK),
                 Kind::Syn => (Clients::Strangers, SYN),
             };
             entries.push(Entry {
-                what: What::Case(*case),
+                what,
                 target: subject.fd()?,
                 template: Template::new(family, protocol, clients, flags),
                 flows: case.flows,
@@ -147,17 +162,21 @@ impl Session {
         let (family, protocol) = (self.family, self.protocol);
         for entry in &mut self.entries {
             let template = entry.template.bytes();
+            self.subject.switch(if let What::Feature(_, feature) = entry.what {
+                Some(feature)
+            } else {
+                None
+            })?;
             wrapper.aim(template, entry.flows, &entry.target)?;
             // The others' packets have left the caches as they pleased.
             wrapper.run(family, protocol, template, entry.flows.clamp(packets / 8, packets))?;
-            let counted = |subject: &Subject| match entry.what {
-                What::Case(case) => subject.counted(fixture::expected(&case)),
-                What::Floor(_) => Ok(0),
-            };
             let packets = packets.max(entry.flows);
+            let counted = |subject: &Subject| {
+                entry.what.case().map_or(Ok(0), |case| subject.counted(fixture::expected(&case)))
+            };
             let before = counted(&self.subject)?;
             let run = wrapper.run(family, protocol, template, packets)?;
-            if let What::Case(case) = entry.what {
+            if let Some(case) = entry.what.case() {
                 let as_expected = counted(&self.subject)? - before;
                 ensure!(
                     as_expected as f64 >= f64::from(packets) * (1.0 - STRAY_MOST),
@@ -172,17 +191,26 @@ impl Session {
         Ok(())
     }
 
-    fn summarize(self, floors: &mut Floors, cases: &mut Vec<CaseReport>) {
+    fn summarize(self, report: &mut Report) {
         let mut transmit_ns = f64::INFINITY;
+        let mut least: Vec<(Case, f64)> = Vec::new();
         for entry in self.entries {
             let (min, median) = summary(entry.samples);
             match entry.what {
                 What::Floor(Floor::Transmit) => {
                     transmit_ns = min;
-                    Floors::lower(&mut floors.xdp_tx_ns, min);
+                    Floors::lower(&mut report.floors.xdp_tx_ns, min);
                 }
-                What::Floor(Floor::Ipip) => Floors::lower(&mut floors.ipip_ns, min),
-                What::Case(case) => cases.push(CaseReport::new(case, min, median, min / transmit_ns)),
+                What::Floor(Floor::Ipip) => Floors::lower(&mut report.floors.ipip_ns, min),
+                What::Case(case) => {
+                    least.push((case, min));
+                    report.cases.push(CaseReport::new(case, min, median, min / transmit_ns));
+                }
+                What::Feature(case, feature) => {
+                    // Cases come before what is compared with them.
+                    let without = least.iter().find(|(known, _)| *known == case).map_or(min, |(_, ns)| *ns);
+                    report.features.push(FeatureReport::new(case, feature, without, min));
+                }
             }
         }
     }
