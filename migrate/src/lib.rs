@@ -19,6 +19,7 @@
 //! * [`criu`]: CRIU's RPC, its process, and reading its log.
 //! * [`workload`]: running a server in namespaces of its own, and finding it again.
 //! * [`net`]: silencing an address, watching queues drain, taking connections off the wire.
+//! * [`decapsulator`]: the site's end of the load balancer's tunnels, where there is no device for it.
 //! * [`agent`]: the site agent: configuration, HTTP server, and the drivers of the roles.
 //!
 //! What is not here: packets, gates and hold queues (that is `lb`), and any decision in the agents about
@@ -29,6 +30,7 @@ pub mod agent;
 pub mod client;
 pub mod coordinator;
 pub mod criu;
+pub mod decapsulator;
 pub mod net;
 pub mod protocol;
 pub mod roles;

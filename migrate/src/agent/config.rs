@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::decapsulator::config::{self as decapsulator, RawDecapsulator};
 use crate::protocol::{Protocol, is_valid_id};
 
 /// Why a configuration cannot be used.
@@ -40,6 +41,7 @@ struct RawConfig {
     listen: String,
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
+    decapsulator: Option<RawDecapsulator>,
     #[serde(default)]
     workloads: Vec<RawWorkload>,
 }
@@ -68,6 +70,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Program and leading arguments of CRIU, if not the default.
     pub criu: Option<Vec<String>>,
+    /// The site's end of the load balancer's tunnels, where it is ours.
+    pub decapsulator: Option<decapsulator::Config>,
     /// What may run here.
     pub workloads: Vec<Workload>,
 }
@@ -138,7 +142,16 @@ impl RawConfig {
             }
             workloads.push(workload);
         }
-        Ok(Config { site: self.site, listen, state_dir, criu: self.criu, workloads })
+        let decapsulator = self.decapsulator.map(|raw| {
+            if workloads.is_empty() {
+                let problem =
+                    "it takes packets to the workloads out of tunnels, and there is no [[workloads]]";
+                return Err(at("decapsulator", problem));
+            }
+            raw.validate(&self.site).map_err(|(key, problem)| (format!("decapsulator: {key}"), problem))
+        });
+        let decapsulator = decapsulator.transpose()?;
+        Ok(Config { site: self.site, listen, state_dir, criu: self.criu, decapsulator, workloads })
     }
 }
 
@@ -189,6 +202,12 @@ command = ["redis-server"]
 start = true
 "#;
 
+    const DECAPSULATOR: &str = r#"
+[decapsulator]
+interfaces = ["eth0"]
+endpoints = ["10.2.1.2", "fd00:2:1::2"]
+"#;
+
     fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("agent.toml"))
     }
@@ -199,6 +218,11 @@ start = true
         assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
         assert_eq!(config.workloads[0].dir, Path::new("/"));
         assert!(config.workloads[0].start);
+        assert_eq!(config.decapsulator, None);
+        let config = parse(&format!("{GOOD}{DECAPSULATOR}")).unwrap().decapsulator.unwrap();
+        assert_eq!(config.hook, decapsulator::HookChoice::Auto);
+        assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/drover-agent/ams"));
+        assert!(config.from.is_empty() && config.endpoints.len() == 2);
     }
 
     #[test]
@@ -217,6 +241,27 @@ start = true
             let error = parse(&GOOD.replace(from, to)).unwrap_err().to_string();
             assert!(error.contains(place), "{to}: {error}");
         }
+        for (line, place) in [
+            ("interfaces = []", "decapsulator: interfaces: "),
+            ("interfaces = [\"et/h0\"]", "decapsulator: interfaces: "),
+            ("interfaces = [\"eth0\", \"eth0\"]", "decapsulator: interfaces: \"eth0\" is there twice"),
+            ("endpoints = []", "decapsulator: endpoints: "),
+            ("endpoints = [\"10.2.1.2/32\"]", "decapsulator: endpoints: "),
+            ("endpoints = [\"::\"]", "decapsulator: endpoints: "),
+            ("from = []", "decapsulator: from: "),
+            ("from = [\"10.2.1.0/16\"]", "decapsulator: from: \"10.2.1.0/16\" has bits"),
+            ("hook = \"tcx\"", "unknown variant `tcx`"),
+            ("pin_path = \"/sys/fs/bpf/a.b\"", "decapsulator: pin_path: "),
+            ("interface = \"eth0\"", "unknown field `interface`"),
+        ] {
+            let key = line.split(' ').next().unwrap();
+            let others = DECAPSULATOR.lines().filter(|other| !other.starts_with(key));
+            let text = format!("{GOOD}{}\n{line}\n", others.collect::<Vec<_>>().join("\n"));
+            let error = parse(&text).unwrap_err().to_string();
+            assert!(error.contains(place), "{line}: {error}");
+        }
+        let no_workload = format!("{}{DECAPSULATOR}", &GOOD[..GOOD.find("[[").unwrap()]);
+        assert!(parse(&no_workload).unwrap_err().to_string().contains("decapsulator: it takes packets"));
         let twice = format!("{GOOD}{}", &GOOD[GOOD.find("[[").unwrap()..]);
         assert!(parse(&twice).unwrap_err().to_string().contains("workloads[1]"));
         let same_address = twice.replacen("chat-1", "chat-0", 1);

@@ -20,6 +20,7 @@ use super::session::{Ask, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
+use crate::decapsulator;
 use crate::protocol::{
     AgentEvent, Freeze, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
     WorkloadStatus, is_valid_id,
@@ -74,6 +75,7 @@ fn router(site: Arc<Site>) -> axum::Router {
             "/v1/workloads",
             get(async |State(site): State<Arc<Site>>| Json::<Vec<WorkloadStatus>>(site.list())),
         )
+        .route("/v1/decapsulator", get(decapsulator))
         .route("/v1/workloads/{name}/start", post(start))
         .route("/v1/workloads/{name}/stop", post(stop))
         .route("/v1/migrations/{id}", get(status).put(prepare))
@@ -128,6 +130,7 @@ impl From<SiteError> for Refusal {
             | SiteError::Holder(_)
             | SiteError::Images(_)
             | SiteError::Silence(_)
+            | SiteError::Decapsulator(_)
             | SiteError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, chain(&error))
@@ -153,6 +156,12 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body_<T>
 }
 
 type Answer<T> = Result<T, Refusal>;
+
+async fn decapsulator(State(site): State<Arc<Site>>) -> Answer<Json<decapsulator::Status>> {
+    site.decapsulator.as_ref().map(|running| Json(running.status())).ok_or_else(|| {
+        Refusal::new(StatusCode::NOT_FOUND, "the agent's configuration has no section [decapsulator]")
+    })
+}
 
 async fn start(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
     Ok(site.start(&name).await?)

@@ -12,6 +12,7 @@ use super::config::{Config, Workload};
 use super::images::{self, ImagesError};
 use super::session::{Session, View};
 use crate::criu::program::Program;
+use crate::decapsulator::{Decapsulator, DecapsulatorError};
 use crate::net::repair;
 use crate::net::silence::{Scope, Silence, SilenceError};
 use crate::protocol::{WorkloadState, WorkloadStatus};
@@ -83,6 +84,9 @@ pub enum SiteError {
     /// Silence rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
+    /// The tunnels' end.
+    #[error("the tunnels' end is not as configured")]
+    Decapsulator(#[from] DecapsulatorError),
     /// The state folder.
     #[error("the state folder cannot be used")]
     State(#[from] io::Error),
@@ -110,6 +114,8 @@ pub struct Site {
     pub records: Records,
     /// Where images are.
     pub images: PathBuf,
+    /// The end of the load balancer's tunnels, where it is ours.
+    pub decapsulator: Option<Decapsulator>,
     places: Mutex<HashMap<String, Place>>,
     sessions: Mutex<VecDeque<Arc<Session>>>,
 }
@@ -124,11 +130,16 @@ impl Site {
         let criu = Program::find(config.criu.as_deref());
         let records = Records::open(config.state_dir.join("workloads"))?;
         let images = images::open_root(&config.state_dir)?;
+        let destinations = config.workloads.iter().map(|workload| workload.address.ip()).collect();
+        let memory = config.state_dir.join("decapsulator");
+        let decapsulator =
+            Decapsulator::as_configured(config.decapsulator.as_ref(), &destinations, &memory).await?;
         let site = Arc::new(Self {
             config,
             criu,
             records,
             images,
+            decapsulator,
             places: Mutex::default(),
             sessions: Mutex::default(),
         });
