@@ -2,15 +2,18 @@
 //! both hooks, and verdict, bytes and counters must be equal.
 #![expect(clippy::unwrap_used, reason = "fixtures state what they expect by unwrapping")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
+use std::process::Command;
 
 use aya::maps::PerCpuArray;
 use aya::{Ebpf, TestRun, TestRunOptions, TestRunResult};
 use lb_core::decapsulate::{Class, Encapsulation, Reason, Verdict};
 use lb_core::host::{Frame, FrameBuilder, HostTunnels, Outer, Segment};
 use migrate::decapsulator::config::{Config, HookChoice};
+use migrate::decapsulator::hook::{self, Kind};
 use migrate::decapsulator::program;
+use nix::sched::{CloneFlags, unshare};
 
 const CASES: usize = 20_000;
 /// A link header and an IPv6 header.
@@ -54,8 +57,8 @@ impl Drop for Pins {
 
 struct Kernel {
     ebpf: Ebpf,
-    /// Removed last.
-    _pins: Pins,
+    /// Dropped last.
+    pins: Pins,
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -87,7 +90,7 @@ impl Kernel {
         };
         let mut ebpf = program::load(&pins.0).expect("root, and a kernel with XDP and tc");
         program::fill(&mut ebpf, &config, &DESTINATIONS.map(ip).into()).unwrap();
-        Self { ebpf, _pins: pins }
+        Self { ebpf, pins }
     }
 
     fn run<P>(program: &mut P, frame: &Frame) -> (u32, Frame)
@@ -269,4 +272,41 @@ fn tables_follow_the_configuration() {
         kernel.tc(&frame(source, endpoint, destination));
         assert_eq!(kernel.counted(reason), before + 1, "{source} to {endpoint} for {destination}");
     }
+}
+
+/// Our filters on an interface, as `tc` shows them.
+fn filters(interface: &str) -> usize {
+    let output = Command::new("tc").args(["filter", "show", "dev", interface, "ingress"]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).matches("handle 0x7401").count()
+}
+
+#[test]
+fn each_place_is_taken_over_and_left() {
+    // The thread has a network namespace of its own, which goes with it.
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let output = Command::new("ip").args(["link", "set", "lo", "up"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    for kind in [Kind::Generic, Kind::Tcx, Kind::Clsact] {
+        let mut kernel = Kernel::load("places", &[]);
+        hook::attach_at(&mut kernel.ebpf, "lo", kind, &kernel.pins.0).unwrap();
+        let mut next = program::load(&kernel.pins.0).unwrap();
+        hook::attach_at(&mut next, "lo", kind, &kernel.pins.0).unwrap();
+        assert_eq!(filters("lo"), usize::from(kind == Kind::Clsact), "{kind}");
+        drop(kernel.ebpf);
+        drop(next);
+        let before = tested(&kernel.pins.0);
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.send_to(b"hello", socket.local_addr().unwrap()).unwrap();
+        assert!(tested(&kernel.pins.0) > before, "{kind}: nothing runs once its loaders are gone");
+        hook::remove_all(&kernel.pins.0).unwrap();
+        assert!(!kernel.pins.0.exists());
+        assert_eq!(filters("lo"), 0, "{kind}");
+    }
+}
+
+/// How many packets were no tunnels.
+fn tested(pins: &std::path::Path) -> u64 {
+    let map = aya::maps::MapData::from_pin(pins.join("maps/REASONS")).unwrap();
+    let map: PerCpuArray<_, u64> = aya::maps::Map::PerCpuArray(map).try_into().unwrap();
+    map.get(&(Reason::NotATunnel as u32), 0).unwrap().iter().sum()
 }

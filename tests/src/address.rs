@@ -47,6 +47,16 @@ pub const fn site6(site: Site) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 2, site as u16 + 1, 0, 0, 0, 0, 1)
 }
 
+/// A site's tunnel endpoint, with [`Lab::hold_virtual_addresses`](crate::Lab::hold_virtual_addresses).
+pub const fn tunnel4(site: Site) -> Ipv4Addr {
+    Ipv4Addr::new(10, 2, site as u8 + 1, 2)
+}
+
+/// A site's tunnel endpoint, with [`Lab::hold_virtual_addresses`](crate::Lab::hold_virtual_addresses).
+pub const fn tunnel6(site: Site) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 2, site as u16 + 1, 0, 0, 0, 0, 2)
+}
+
 /// A site's address on the link between the sites.
 pub const fn between4(site: Site) -> Ipv4Addr {
     Ipv4Addr::new(10, 3, 0, site as u8 + 1)

@@ -131,6 +131,13 @@ impl Lab {
     pub fn route(&self, backend: std::net::IpAddr, site: Site) -> Result<(), LabError> {
         topology::route(&self.lb, backend, site)
     }
+
+    /// Gives both sites what servers need that answer clients directly: the virtual addresses on `lo`, a tunnel endpoint
+    /// per family ([`address::tunnel4`], [`address::tunnel6`]), and links towards the load balancer on which a client's
+    /// largest packet has room for an outer header.
+    pub fn hold_virtual_addresses(&self) -> Result<(), LabError> {
+        topology::hold_virtual_addresses(&self.lb, &self.sites)
+    }
 }
 
 impl Drop for Lab {

@@ -66,6 +66,31 @@ pub(crate) fn route(lb: &Namespace, backend: IpAddr, site: Site) -> Result<(), L
     ip_batch(lb, &[format!("route replace {backend} via {via}")])
 }
 
+/// On the links to the sites: 1500 bytes and the larger outer header, with room to spare.
+const TUNNEL_MTU: u16 = 1600;
+
+/// See [`Lab::hold_virtual_addresses`](crate::Lab::hold_virtual_addresses).
+pub(crate) fn hold_virtual_addresses(lb: &Namespace, sites: &[Namespace; 2]) -> Result<(), LabError> {
+    // Answers pass the load balancer's stack on their way to the client, from addresses that it holds itself.
+    set(lb, &[("ipv4/conf/all/accept_local", "1")])?;
+    for (site, namespace) in Site::ALL.into_iter().zip(sites) {
+        ip_batch(lb, &[format!("link set {} mtu {TUNNEL_MTU}", lb_interface(site))])?;
+        let mut lines = vec![
+            format!("link set eth0 mtu {TUNNEL_MTU}"),
+            format!("addr add {}/24 dev eth0", address::tunnel4(site)),
+            format!("addr add {}/64 dev eth0 nodad", address::tunnel6(site)),
+            format!("addr add {}/32 dev lo", address::VIRTUAL4),
+            format!("addr add {}/128 dev lo nodad", address::VIRTUAL6),
+        ];
+        // What is sent to clients fits the way to them, which no outer header is put on.
+        let (via4, via6) = (address::lb_at4(site), address::lb_at6(site));
+        lines.push(format!("route replace {}/32 via {via4} mtu 1500", address::CLIENT4));
+        lines.push(format!("route replace {}/128 via {via6} mtu 1500", address::CLIENT6));
+        ip_batch(namespace, &lines)?;
+    }
+    Ok(())
+}
+
 fn lb_lines(client: &Namespace, site_a: &Namespace, site_b: &Namespace) -> Vec<String> {
     let mut lines = vec!["link set lo up".to_owned()];
     for (device, peer) in [("c0", client), ("a0", site_a), ("b0", site_b)] {

@@ -127,7 +127,8 @@ fn attach(ebpf: &mut Ebpf, interface: &str, choice: Choice, pins: &Path) -> Resu
     Err(failed.expect("every choice has its hooks"))
 }
 
-fn attach_at(ebpf: &mut Ebpf, interface: &str, kind: Kind, pins: &Path) -> Result<(), DecapsulatorError> {
+/// Attaches at one place, or takes over what a former agent attached there.
+pub fn attach_at(ebpf: &mut Ebpf, interface: &str, kind: Kind, pins: &Path) -> Result<(), DecapsulatorError> {
     let pin = pin(pins, interface, kind);
     let attaching = || kernel(format!("attaching the decapsulator to interface {interface:?} ({kind})"));
     match kind {
