@@ -1,6 +1,6 @@
 //! `GET /v1/capture`: packets at their verdict, as a pcap-ng stream for as long as somebody reads it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use tokio::sync::mpsc::Receiver;
 use super::Admin;
 use super::extract::Parameters;
 use super::problem::Problem;
-use crate::capture::stream::Sample;
+use crate::capture::stream::{Hook, Interface, Sample};
 use crate::capture::{MEDIA_TYPE, Recorder};
 
 /// Samples that go out as one piece of the stream.
@@ -43,11 +43,12 @@ pub(super) async fn capture(
     let reasons = query.reason.as_deref().map(reasons).transpose()?;
     let samples = admin.control.datapath().sample(query.one_in.unwrap_or(NonZeroU32::MIN));
     let (recorder, head) = Recorder::new(monotonic_epoch());
+    let in_tc = admin.control.datapath().hooks().into_iter().filter(|hook| hook.mode.starts_with("tc"));
     let recording = Recording {
         samples,
         recorder,
         reasons,
-        names: HashMap::new(),
+        in_tc: in_tc.map(|hook| hook.interface).collect(),
         left: query.count.unwrap_or(u64::MAX),
     };
     let begin = stream::once(async { Ok::<_, Infallible>(Bytes::from(head)) });
@@ -95,7 +96,8 @@ struct Recording {
     recorder: Recorder,
     /// `None`: all.
     reasons: Option<HashSet<Reason>>,
-    names: HashMap<u32, Option<String>>,
+    /// Interfaces whose packets are taken in traffic control.
+    in_tc: HashSet<String>,
     /// Packets until the end.
     left: u64,
 }
@@ -130,13 +132,14 @@ impl Recording {
         };
         if is_wanted && self.left > 0 {
             self.left -= 1;
-            let names = &mut self.names;
-            self.recorder.record(sample, |number| interface_name(names, number), out);
+            let in_tc = &self.in_tc;
+            self.recorder.record(sample, |number| interface(in_tc, number), out);
         }
     }
 }
 
-fn interface_name(names: &mut HashMap<u32, Option<String>>, number: u32) -> Option<String> {
-    let name = || nix::net::if_::if_indextoname(number).ok()?.into_string().ok();
-    names.entry(number).or_insert_with(name).clone()
+fn interface(in_tc: &HashSet<String>, number: u32) -> Option<Interface> {
+    let name = nix::net::if_::if_indextoname(number).ok()?.into_string().ok()?;
+    let hook = if in_tc.contains(&name) { Hook::Tc } else { Hook::Xdp };
+    Some(Interface { name, hook })
 }

@@ -26,8 +26,6 @@ const ETHERNET: u16 = 1;
 /// Times are powers of ten of a second: 10^-9.
 const NANOSECONDS: u8 = 9;
 const INBOUND: u32 = 1;
-/// The verdict that follows is an XDP action.
-const VERDICT_XDP: u8 = 2;
 
 /// A packet as a block says it.
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +40,17 @@ pub struct Packet<'a> {
     pub length: u32,
     /// What a reader is told about it.
     pub comment: &'a str,
-    /// The XDP action.
-    pub verdict: u64,
+    /// What the hook's program returned.
+    pub verdict: Verdict,
+}
+
+/// What an eBPF program returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// In traffic control: `TC_ACT_*`.
+    Tc(u64),
+    /// At the XDP hook: `XDP_*`.
+    Xdp(u64),
 }
 
 /// Begins a section: what a stream starts with.
@@ -83,9 +90,11 @@ pub fn packet(out: &mut Vec<u8>, packet: &Packet<'_>) {
         padded(out, packet.bytes);
         option(out, COMMENT, packet.comment.as_bytes());
         option(out, PACKET_FLAGS, &INBOUND.to_ne_bytes());
-        let mut verdict = [VERDICT_XDP; 9];
-        verdict[1..].copy_from_slice(&packet.verdict.to_ne_bytes());
-        option(out, PACKET_VERDICT, &verdict);
+        let (kind, verdict) = match packet.verdict {
+            Verdict::Tc(verdict) => (1, verdict),
+            Verdict::Xdp(verdict) => (2, verdict),
+        };
+        option(out, PACKET_VERDICT, &[&[kind][..], &verdict.to_ne_bytes()].concat());
         option(out, END_OF_OPTIONS, &[]);
     });
 }

@@ -2,15 +2,29 @@
 
 use lb_core::{Class, Reason};
 
-use super::format;
+use super::format::{self, Verdict};
 
 /// What HTTP calls a pcap-ng stream.
 pub const MEDIA_TYPE: &str = "application/x-pcapng";
 
-/// XDP's actions, from `linux/bpf.h`.
-const XDP_DROP: u64 = 1;
-const XDP_PASS: u64 = 2;
-const XDP_REDIRECT: u64 = 4;
+/// Where packets of an interface are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hook {
+    /// In the driver, or before traffic control.
+    #[default]
+    Xdp,
+    /// In traffic control.
+    Tc,
+}
+
+/// An interface as a capture shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Where its packets are taken.
+    pub hook: Hook,
+}
 
 /// A packet that was sampled at its verdict, as it came in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,8 +46,8 @@ pub struct Sample {
 pub struct Recorder {
     /// What the monotonic clock's zero is, in nanoseconds since 1970.
     epoch_unix_ns: u64,
-    /// Interfaces by the number that the stream gives them.
-    interfaces: Vec<u32>,
+    /// The interfaces' own numbers and hooks, by the number that the stream gives them.
+    interfaces: Vec<(u32, Hook)>,
 }
 
 impl Recorder {
@@ -44,14 +58,21 @@ impl Recorder {
         (Self { epoch_unix_ns, interfaces: Vec::new() }, head)
     }
 
-    /// Appends a sample to `out`, and its interface before it where it is new. `name` is asked for names of
+    /// Appends a sample to `out`, and its interface before it where it is new. `describe` is asked about
     /// interfaces by number.
-    pub fn record(&mut self, sample: &Sample, name: impl FnOnce(u32) -> Option<String>, out: &mut Vec<u8>) {
-        let known = self.interfaces.iter().position(|known| *known == sample.interface);
+    pub fn record(
+        &mut self,
+        sample: &Sample,
+        describe: impl FnOnce(u32) -> Option<Interface>,
+        out: &mut Vec<u8>,
+    ) {
+        let known = self.interfaces.iter().position(|(number, _)| *number == sample.interface);
         let interface = known.unwrap_or_else(|| {
-            let name = name(sample.interface).unwrap_or_else(|| format!("interface {}", sample.interface));
+            let gone =
+                || Interface { name: format!("interface {}", sample.interface), hook: Hook::default() };
+            let Interface { name, hook } = describe(sample.interface).unwrap_or_else(gone);
             format::interface(out, &name);
-            self.interfaces.push(sample.interface);
+            self.interfaces.push((sample.interface, hook));
             self.interfaces.len() - 1
         });
         let comment = match sample.reason {
@@ -64,17 +85,23 @@ impl Recorder {
             bytes: &sample.bytes,
             length: sample.length,
             comment: &comment,
-            verdict: sample.reason.map_or(XDP_PASS, verdict),
+            verdict: verdict(self.interfaces[interface].1, sample.reason),
         };
         format::packet(out, &packet);
     }
 }
 
-/// A held packet is dropped as far as the kernel is concerned.
-fn verdict(reason: Reason) -> u64 {
-    match reason.class() {
-        Class::Forward => XDP_REDIRECT,
-        Class::Hold | Class::Drop => XDP_DROP,
-        Class::Pass => XDP_PASS,
+/// What the hook's program returned; a held packet is dropped as far as the kernel is concerned.
+fn verdict(hook: Hook, reason: Option<Reason>) -> Verdict {
+    // `linux/bpf.h` and `linux/pkt_cls.h`: drop, pass, redirect.
+    let (xdp, tc) = match reason.map(Reason::class) {
+        Some(Class::Hold | Class::Drop) => (1, 2),
+        // To traffic control: unspecified, -1.
+        Some(Class::Pass) | None => (2, u64::MAX),
+        Some(Class::Forward) => (4, 7),
+    };
+    match hook {
+        Hook::Xdp => Verdict::Xdp(xdp),
+        Hook::Tc => Verdict::Tc(tc),
     }
 }

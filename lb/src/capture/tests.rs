@@ -5,7 +5,7 @@ use pcap_parser::pcapng::{Block, InterfaceDescriptionBlock, OptionCode, PcapNGOp
 use pcap_parser::traits::{PcapNGPacketBlock as _, PcapReaderIterator as _};
 use pcap_parser::{PcapBlockOwned, PcapError, PcapNGReader};
 
-use super::stream::{Recorder, Sample};
+use super::stream::{Hook, Interface, Recorder, Sample};
 
 /// What a reader makes of one packet.
 #[derive(Debug, PartialEq, Eq)]
@@ -16,6 +16,7 @@ struct Read {
     length: u32,
     bytes: Vec<u8>,
     comment: String,
+    verdict: Vec<u8>,
 }
 
 fn text(option: Option<&PcapNGOption<'_>>) -> String {
@@ -60,6 +61,7 @@ fn read(stream: &[u8]) -> (Vec<String>, Vec<Read>) {
                     length: block.origlen,
                     bytes: block.packet_data().to_vec(),
                     comment: text(find(&block.options, OptionCode::Comment)),
+                    verdict: find(&block.options, OptionCode(7)).unwrap().value()[..9].to_vec(),
                 });
             }
             _ => panic!("a block that nobody wrote"),
@@ -72,6 +74,10 @@ fn sample(reason: Reason, interface: u32, time_ns: u64, bytes: &[u8]) -> Sample 
     Sample { reason: Some(reason), interface, length: 1514, time_ns, bytes: bytes.into() }
 }
 
+fn eth0() -> Interface {
+    Interface { name: "eth0".to_owned(), hook: Hook::Tc }
+}
+
 #[test]
 fn packets_come_back_with_interface_time_and_reason() {
     let samples = [
@@ -82,7 +88,7 @@ fn packets_come_back_with_interface_time_and_reason() {
     ];
     let (mut recorder, mut stream) = Recorder::new(1_700_000_000_000_000_000);
     for sample in &samples {
-        recorder.record(sample, |number| (number == 4).then(|| "eth0".to_owned()), &mut stream);
+        recorder.record(sample, |number| (number == 4).then(eth0), &mut stream);
     }
     let (interfaces, packets) = read(&stream);
     assert_eq!(interfaces, ["eth0", "interface 9"]);
@@ -98,6 +104,8 @@ fn packets_come_back_with_interface_time_and_reason() {
         assert_eq!(read.interface, if sample.interface == 4 { "eth0" } else { "interface 9" });
     }
     assert_eq!(packets.len(), samples.len());
+    let verdicts: Vec<_> = packets.iter().map(|read| (read.verdict[0], read.verdict[1])).collect();
+    assert_eq!(verdicts, [(1, 7), (2, 1), (1, 7), (2, 1)], "redirected by tc, dropped by XDP");
 }
 
 #[test]

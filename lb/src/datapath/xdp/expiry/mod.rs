@@ -29,8 +29,6 @@ use crate::datapath::observe::FlowTables;
 const ENTRIES_PER_SECOND: f64 = 100_000.0;
 /// Time from the beginning of one pass to that of the next, at least.
 const PASS_EVERY: Duration = Duration::from_millis(500);
-/// How often entries without their partner are looked for, which takes a look-up for each.
-const ORPHANS_EVERY: Duration = Duration::from_secs(30);
 /// After a pass that failed.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -93,16 +91,11 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         priority::behind_others();
-        let mut orphans_at = Instant::now();
         while !self.stopping.load(Acquire) {
             let begun = Instant::now();
-            let orphans = begun >= orphans_at;
-            if orphans {
-                orphans_at = begun + ORPHANS_EVERY;
-            }
             let times = *self.times.lock().unwrap_or_else(PoisonError::into_inner);
             let limits = Limits::new(&times, self.clock.tick());
-            let pause = match self.walker.pass(&limits, orphans, &mut self.pace) {
+            let pause = match self.walker.pass(&limits, &self.pace) {
                 Ok(true) => {
                     let report = self.walker.report(begun.elapsed());
                     *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;

@@ -22,6 +22,8 @@ use crate::datapath::xdp::ticks::TickClock;
 const CHUNK: usize = 1024;
 /// What looking up a flow costs beside passing over an entry.
 const LOOK_UP_COST: usize = 8;
+/// Whether an entry has lost its partner takes a look-up, so each pass asks it of one entry in so many.
+const TURNS: u32 = 16;
 
 /// Spreads work over time.
 pub(super) struct Pace {
@@ -58,6 +60,8 @@ pub(super) struct Walker {
     clock: Arc<TickClock>,
     /// The backends' incarnations when the pass began, by number.
     incarnations: Vec<u32>,
+    /// Which entries this pass looks up the partners of.
+    turn: u32,
     removed: BTreeMap<Cause, u64>,
     counts: [Count; 4],
 }
@@ -73,8 +77,6 @@ struct Count {
 /// What one pass goes by.
 struct Rules<'a> {
     limits: &'a Limits,
-    /// Whether entries without their partner are looked for.
-    orphans: bool,
     now: Ticks,
 }
 
@@ -84,14 +86,15 @@ type Doomed<const W: usize> = (Option<FlowKey<W>>, Option<FlowKey<W>>);
 impl Walker {
     pub(super) fn new(maps: Arc<FlowMaps>, clock: Arc<TickClock>) -> Self {
         let removed = Cause::ALL.into_iter().map(|cause| (cause, 0)).collect();
-        Self { maps, clock, incarnations: Vec::new(), removed, counts: Default::default() }
+        Self { maps, clock, incarnations: Vec::new(), turn: 0, removed, counts: Default::default() }
     }
 
     /// Looks at every entry once; false when the thread is to end.
-    pub(super) fn pass(&mut self, limits: &Limits, orphans: bool, pace: &mut Pace) -> io::Result<bool> {
+    pub(super) fn pass(&mut self, limits: &Limits, pace: &Pace) -> io::Result<bool> {
+        self.turn = (self.turn + 1) % TURNS;
         self.read_incarnations()?;
         let maps = self.maps.clone();
-        let mut rules = Rules { limits, orphans, now: Ticks(0) };
+        let mut rules = Rules { limits, now: Ticks(0) };
         let rules = &mut rules;
         Ok(self.walk(0, &maps.v4.established, Standing::Established, rules, pace)?
             && self.walk(1, &maps.v4.newcomers, Standing::Newcomer, rules, pace)?
@@ -153,7 +156,7 @@ impl Walker {
     ) -> bool {
         let half = half(flow);
         let is_void = self.incarnations.get(flow.backend as usize) != Some(&flow.incarnation);
-        let may_be_orphan = rules.orphans && idle(half.seen, rules.now) >= rules.limits.orphan;
+        let may_be_orphan = turn(key) == self.turn && idle(half.seen, rules.now) >= rules.limits.orphan;
         is_void || may_be_orphan || !is_fresh(transport(key), standing, &half, rules.now, rules.limits)
     }
 
@@ -233,6 +236,12 @@ fn both<const W: usize>(
 
 fn single<const W: usize>(key: &FlowKey<W>, is_forward: bool) -> Doomed<W> {
     if is_forward { (Some(*key), None) } else { (None, Some(*key)) }
+}
+
+/// In which pass of so many an entry's partner is looked up.
+fn turn<const W: usize>(key: &FlowKey<W>) -> u32 {
+    let [a, b, c, d] = key.ports.to_ne_bytes();
+    u32::from(a ^ b ^ c ^ d) % TURNS
 }
 
 fn transport<const W: usize>(key: &FlowKey<W>) -> Transport {
