@@ -6,6 +6,7 @@
 mod toolchain;
 
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use toolchain::Toolchain;
@@ -38,7 +39,9 @@ fn object(program: &str) -> Result<PathBuf, String> {
     let toolchain = Toolchain::read(&description)?;
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
-    let target = out.join("ebpf");
+    // TARGET/PROFILE/build/PACKAGE/out: next to the profiles, so that every consumer's programs share what they are
+    // built from.
+    let target = out.ancestors().nth(4).ok_or("OUT_DIR is not where cargo puts it")?.join("ebpf");
     let status = toolchain
         .build(&workspace.join(PACKAGE), &target, program)
         .status()
@@ -46,7 +49,11 @@ fn object(program: &str) -> Result<PathBuf, String> {
     if !status.success() {
         return Err(format!("the eBPF program {program} did not build; its compiler's messages stand above"));
     }
-    Ok(target.join("bpfel-unknown-none/release").join(program))
+    // A copy: another consumer may be building the next one.
+    let object = out.join(program);
+    fs::copy(target.join("bpfel-unknown-none/release").join(program), &object)
+        .map_err(|error| format!("cannot copy the eBPF program {program} ({error})"))?;
+    Ok(object)
 }
 
 fn cache_folder() -> Result<PathBuf, String> {
