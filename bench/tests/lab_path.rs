@@ -61,6 +61,24 @@ fn lab_path_measures_routing_and_drover_and_reports_both() {
 }
 
 #[test]
+fn lab_path_measures_every_mode_of_drover() {
+    let modes = ["drover-xdp-nat", "drover-xdp-transparent", "drover-xdp-dsr"];
+    let systems = modes.join(",");
+    let words = ["--systems", &systems, "--links", "same", "--connections", "2", "--metrics", "requests,udp"];
+    let report: PathReport = serde_json::from_value(run(&words).0).unwrap();
+    assert_eq!(report.skipped.into_iter().collect::<Vec<_>>(), []);
+    for mode in modes {
+        let metrics = report.rows.iter().filter(|row| row.system == mode && row.median > 0.0);
+        let metrics: Vec<_> = metrics.map(|row| row.subject.metric).collect();
+        assert_eq!(
+            metrics,
+            [Metric::RequestsPerS, Metric::UdpPacketsPerS, Metric::CpuSPerMillionRequests],
+            "{mode}"
+        );
+    }
+}
+
+#[test]
 fn lab_path_measures_nftables_with_the_links_that_suit_it() {
     let words = ["--systems", "nft-dnat,drover-xdp-nat", "--connections", "4", "--metrics", "requests"];
     let (json, printed) = run(&words);

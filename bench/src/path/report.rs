@@ -161,6 +161,8 @@ pub struct Setting {
     pub kernel: String,
     /// The processor's model and how many there were.
     pub processors: String,
+    /// Share of all processors' time that others used before the rounds, 0 to 1; the worst of all rounds.
+    pub others_busy: f64,
     /// What every system's network was like.
     pub everywhere: Vec<String>,
     /// What each system was set to.

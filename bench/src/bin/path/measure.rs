@@ -12,7 +12,7 @@ use bench::path::requests::{Requests, RequestsResult};
 use serde_json::Value;
 
 use crate::place::{IPERF_PORT, PORT, Place, own_program};
-use crate::systems::System;
+use crate::systems::{Running, System};
 
 /// New connections that are under way at any time.
 pub const IN_FLIGHT: u32 = 16;
@@ -57,7 +57,7 @@ pub struct Measuring<'a> {
 
 impl Measuring<'_> {
     /// Waits until requests are answered.
-    pub fn wait_until_ready(&self) -> anyhow::Result<()> {
+    pub fn wait_until_ready(&self, running: &mut Running) -> anyhow::Result<()> {
         let ask = Requests {
             target: self.system.target(PORT),
             sources: Vec::new(),
@@ -68,13 +68,16 @@ impl Measuring<'_> {
         let end = std::time::Instant::now() + READY_LIMIT;
         loop {
             match self.place.lab().client().run(|| ask.run()) {
-                Ok(_) => return Ok(()),
+                Ok(_) => return running.verify(self.place),
                 Err(error) if std::time::Instant::now() > end => {
                     return Err(error).with_context(|| {
                         format!("{} carried nothing within {READY_LIMIT:?}", self.system.name())
                     });
                 }
-                Err(_) => self.interrupt.sleep(Duration::from_millis(20))?,
+                Err(_) => {
+                    running.check()?;
+                    self.interrupt.sleep(Duration::from_millis(20))?;
+                }
             }
         }
     }
@@ -109,7 +112,7 @@ impl Measuring<'_> {
     }
 
     fn udp(&mut self) -> anyhow::Result<Found> {
-        let listen = self.place.backend(PORT).to_string();
+        let listen = format!("0.0.0.0:{PORT}");
         let receiver = self.place.receiver(&["worker", "receive", "--listen", &listen])?;
         // Its socket has to be there before the first datagram; nothing can tell from outside.
         self.interrupt.sleep(Duration::from_millis(50))?;

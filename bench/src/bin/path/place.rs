@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use bench::interrupt::Interrupt;
 use bench::path::processors::Busy;
 use lab::process::Process;
-use lab::{Lab, Namespace, Site, address, processors};
+use lab::{Lab, Namespace, Site, processors};
 use serde::de::DeserializeOwned;
 
 /// The server's port, TCP and UDP, at the backend and at the virtual address.
@@ -33,6 +33,9 @@ const SYSCTLS: [(&str, &str); 3] = [
     // What one round learned about a path is no advantage for the next.
     ("ipv4/tcp_no_metrics_save", "1"),
 ];
+
+/// Some machines' default paces with timers, which would be measured too.
+const CONGESTION_CONTROL: (&str, &str) = ("ipv4/tcp_congestion_control", "cubic");
 
 /// Offloads of the links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +88,7 @@ pub struct Place {
     // Dropped in this order: processes before their lab.
     _servers: Vec<Process>,
     processors: Processors,
+    offloads: Offloads,
     lab: Lab,
     workers: u32,
 }
@@ -95,6 +99,8 @@ impl Place {
         let lab = Lab::new()?;
         for namespace in [lab.client(), lab.lb(), lab.site(Site::A)] {
             set(namespace, &SYSCTLS)?;
+            // Kernels without it have reno, for all systems alike.
+            let _ = set(namespace, &[CONGESTION_CONTROL]);
         }
         for last in 2..=SOURCES {
             run(lab.client().command("ip").args([
@@ -105,21 +111,21 @@ impl Place {
                 "eth0",
             ]))?;
         }
+        // Off is how the lab is made.
         if offloads == Offloads::On {
             let ends =
                 [(lab.client(), "eth0"), (lab.site(Site::A), "eth0"), (lab.lb(), "c0"), (lab.lb(), "a0")];
             for (namespace, device) in ends {
-                let all = ["tx", "on", "tso", "on", "gso", "on", "gro", "on"];
-                run(namespace.command("ethtool").args(["-K", device]).args(all))?;
+                set_offloads(namespace, device, offloads)?;
             }
         }
         let processors = Processors::split();
-        let mut place = Place { _servers: Vec::new(), processors, lab, workers: 0 };
-        let listen = place.backend(PORT).to_string();
+        let mut place = Place { _servers: Vec::new(), processors, offloads, lab, workers: 0 };
+        // At any of its addresses: with DSR clients ask the virtual one.
+        let listen = format!("0.0.0.0:{PORT}");
         place.serve("server", &own_program()?, &["worker", "serve", "--listen", &listen])?;
         if let Some(iperf) = with_iperf {
-            let (address, port) = (address::backend4(1).to_string(), IPERF_PORT.to_string());
-            place.serve("iperf-server", iperf, &["--server", "--bind", &address, "--port", &port])?;
+            place.serve("iperf-server", iperf, &["--server", "--port", &IPERF_PORT.to_string()])?;
         }
         Ok(place)
     }
@@ -129,9 +135,9 @@ impl Place {
         &self.lab
     }
 
-    /// Where the server really is.
-    pub fn backend(&self, port: u16) -> SocketAddr {
-        SocketAddr::from((address::backend4(1), port))
+    /// How its links are set.
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     /// The client's addresses.
@@ -204,6 +210,13 @@ pub fn own_program() -> io::Result<PathBuf> {
     std::env::current_exe()
 }
 
+/// Sets an interface's offloads as all of its place's have them; a host's end.
+pub fn set_offloads(namespace: &Namespace, device: &str, offloads: Offloads) -> anyhow::Result<()> {
+    let others = if offloads == Offloads::On { "on" } else { "off" };
+    let words = ["tx", others, "tso", others, "gso", others, "gro", "on"];
+    run(namespace.command("ethtool").args(["-K", device]).args(words))
+}
+
 /// Sets what is below `/proc/sys/net` in a namespace.
 pub fn set(namespace: &Namespace, settings: &[(&str, &str)]) -> anyhow::Result<()> {
     namespace.run(|| {
@@ -216,7 +229,11 @@ pub fn set(namespace: &Namespace, settings: &[(&str, &str)]) -> anyhow::Result<(
 
 /// For the report: what [`Place::new`] sets.
 pub fn describe() -> Vec<String> {
-    let settings: Vec<_> = SYSCTLS.iter().map(|(name, value)| format!("{name} = {value}")).collect();
+    let settings: Vec<_> = SYSCTLS
+        .iter()
+        .chain([&CONGESTION_CONTROL])
+        .map(|(name, value)| format!("{name} = {value}"))
+        .collect();
     vec![
         "veth pairs client - load balancer - server, MTU 1500".to_owned(),
         format!("{} in every namespace", settings.join(", ")),

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bench::interrupt::{Interrupt, Interrupted};
 use bench::path::goals;
+use bench::path::processors::Busy;
 use bench::path::report::{Direction, Links, PathReport, Samples, Setting};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -12,6 +14,9 @@ use crate::args::{Args, LinksChoice, Measurement};
 use crate::measure::{self, Measuring, Step};
 use crate::place::{self, Offloads, Place, Processors};
 use crate::systems::{System, find};
+
+/// How long it is looked what others do on the machine.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// A system with its links.
 #[derive(Clone, Copy)]
@@ -50,7 +55,10 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> anyhow::Result<PathReport> {
     for (what, why) in &rounds.skipped {
         println!("skipped {what}: {why}");
     }
+    let mut others_busy: f64 = 0.0;
     for round in 0..args.rounds() as usize {
+        rounds.bar.set_message("looking whether the machine is quiet");
+        others_busy = others_busy.max(busy_share(interrupt)?);
         // Each round begins with another one, so that nobody always follows the same.
         for place in 0..variants.len() {
             let index = (place + round) % variants.len();
@@ -63,13 +71,18 @@ pub fn run(args: &Args, interrupt: &Interrupt) -> anyhow::Result<PathReport> {
         variants.iter().map(|variant| (variant.system.name().to_owned(), variant.links)).collect();
     let rows = rounds.samples.rows(&names);
     let comparisons = goals::compare(&rows);
-    Ok(PathReport { setting: setting(args, &variants), rows, comparisons, skipped: rounds.skipped })
+    let setting = Setting { others_busy, ..setting(args, &variants) };
+    Ok(PathReport { setting, rows, comparisons, skipped: rounds.skipped })
 }
 
 impl Rounds<'_> {
-    /// One system in a fresh place. What fails is said and skipped; only an interrupt ends the run.
+    /// One system in a fresh place. What cannot be started is said and not tried again; only an interrupt ends the run.
     fn measure(&mut self, index: usize, variant: Variant) -> anyhow::Result<()> {
         let before = self.bar.position();
+        if self.skipped.contains_key(&variant.name()) {
+            self.bar.set_position(before + self.steps.len() as u64);
+            return Ok(());
+        }
         if let Err(error) = self.measure_steps(index, variant) {
             if error.is::<Interrupted>() {
                 return Err(error);
@@ -83,11 +96,11 @@ impl Rounds<'_> {
     fn measure_steps(&mut self, index: usize, variant: Variant) -> anyhow::Result<()> {
         self.interrupt.check()?;
         let mut place = Place::new(variant.offloads, self.iperf.as_deref())?;
-        let running = variant.system.start(&place)?;
+        let mut running = variant.system.start(&place)?;
         let (system, duration, interrupt) = (variant.system, self.args.duration(), self.interrupt);
         let mut measuring =
             Measuring { place: &mut place, system, duration, interrupt, iperf: self.iperf.clone() };
-        measuring.wait_until_ready()?;
+        measuring.wait_until_ready(&mut running)?;
         for step in self.steps.clone() {
             if step != Step::Udp || system.has_udp() {
                 match measuring.run(step) {
@@ -110,6 +123,14 @@ impl Rounds<'_> {
         self.bar.suspend(|| println!("skipped {what}: {why}"));
         self.skipped.insert(what, why);
     }
+}
+
+/// How busy the machine is while nothing is measured, 0 to 1.
+fn busy_share(interrupt: &Interrupt) -> anyhow::Result<f64> {
+    let (busy, start) = (Busy::now()?, std::time::Instant::now());
+    interrupt.sleep(QUIET)?;
+    let count = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    Ok(Busy::now()?.seconds_since(busy) / start.elapsed().as_secs_f64() / count)
 }
 
 /// What is to be measured, and what of it cannot be.
@@ -162,6 +183,7 @@ fn setting(args: &Args, variants: &[Variant]) -> Setting {
         seconds: args.duration().as_secs_f64(),
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
         processors: format!("{count} x {}", model.map_or("unknown", |(_, name)| name)),
+        others_busy: 0.0,
         everywhere,
         systems: variants.iter().map(|one| (one.system.name().to_owned(), one.system.describe())).collect(),
     }

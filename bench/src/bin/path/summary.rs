@@ -7,6 +7,9 @@ use bench::path::report::{Links, Metric, PathReport, Row, Subject};
 use bench::plot::{Axis, Chart, Group, svg};
 use bench::table::{Table, number};
 
+/// More than this share of the processors used by others is worth a warning.
+const NOISE: f64 = 0.05;
+
 /// The report for a terminal.
 pub fn text(report: &PathReport) -> String {
     let setting = &report.setting;
@@ -14,6 +17,13 @@ pub fn text(report: &PathReport) -> String {
         "\nmedians of {} rounds of {} s each; kernel {}, {}\n",
         setting.rounds, setting.seconds, setting.kernel, setting.processors
     );
+    if setting.others_busy > NOISE {
+        _ = writeln!(
+            out,
+            "BEWARE: the machine was not quiet: others used {:.0} % of it before a round, so the figures may be off",
+            setting.others_busy * 100.0
+        );
+    }
     setting.everywhere.iter().for_each(|line| _ = writeln!(out, "  {line}"));
     for links in [Links::Same, Links::Best] {
         let systems = systems(report, links);

@@ -29,20 +29,55 @@ pub enum System {
     Haproxy,
     /// nginx's stream module.
     NginxStream,
-    /// Drover with its XDP program and NAT.
-    DroverXdpNat,
+    /// Drover at one of its hooks, in one of its modes.
+    Drover(Hook, Mode),
 }
 
-use System::{DroverXdpNat, Haproxy, NftDnat, NftFlowtable, NginxStream, Routing};
+pub use drover::{Hook, Mode};
 
-/// A system that is set up. Dropping it ends its processes; its rules go with its place.
+use System::{Drover, Haproxy, NftDnat, NftFlowtable, NginxStream, Routing};
+
+/// A system that is set up. Dropping it ends its process; its rules go with its place.
 pub struct Running {
-    _processes: Vec<Process>,
+    system: System,
+    process: Option<Process>,
+}
+
+impl Running {
+    /// An error if its process has ended.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        if let Some(process) = &mut self.process
+            && process.ended().is_some()
+        {
+            return Err(process.not_ready("ended").into());
+        }
+        Ok(())
+    }
+
+    /// An error if it carries packets otherwise than it was told to.
+    pub fn verify(&self, place: &Place) -> anyhow::Result<()> {
+        match self.system {
+            Drover(hook, _) => drover::verify(place, hook),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl System {
     /// All, in the order of the report.
-    pub const ALL: [System; 6] = [Routing, NftDnat, NftFlowtable, Haproxy, NginxStream, DroverXdpNat];
+    pub const ALL: [System; 11] = [
+        Routing,
+        NftDnat,
+        NftFlowtable,
+        Haproxy,
+        NginxStream,
+        Drover(Hook::Xdp, Mode::Nat),
+        Drover(Hook::Xdp, Mode::Transparent),
+        Drover(Hook::Xdp, Mode::Dsr),
+        Drover(Hook::Tc, Mode::Nat),
+        Drover(Hook::Tc, Mode::Transparent),
+        Drover(Hook::Tc, Mode::Dsr),
+    ];
 
     /// As in the report and on the command line.
     pub fn name(self) -> &'static str {
@@ -52,7 +87,7 @@ impl System {
             NftFlowtable => "nft-flowtable",
             Haproxy => "haproxy",
             NginxStream => "nginx-stream",
-            DroverXdpNat => "drover-xdp-nat",
+            Drover(hook, mode) => drover::name(hook, mode),
         }
     }
 
@@ -67,7 +102,7 @@ impl System {
         match (links, self) {
             (Links::Same, _) => Some(Offloads::Off),
             // XDP programs see frames as they are, which TSO and checksum offload leave unfinished.
-            (Links::Best, DroverXdpNat) => None,
+            (Links::Best, Drover(Hook::Xdp, _)) => None,
             (Links::Best, _) => Some(Offloads::On),
         }
     }
@@ -91,7 +126,7 @@ impl System {
             NftFlowtable => nftables::rules(true),
             Haproxy => haproxy::CONFIG.to_owned(),
             NginxStream => nginx::CONFIG.to_owned(),
-            DroverXdpNat => drover::CONFIG.to_owned(),
+            Drover(hook, mode) => drover::describe(hook, mode),
         }
     }
 
@@ -107,7 +142,7 @@ impl System {
                 );
             }
             NginxStream => ("nginx", "nginx-light"),
-            DroverXdpNat => return lab::program("lb").err().map(|error| error.to_string()),
+            Drover(..) => return lab::program("lb").err().map(|error| error.to_string()),
         };
         find(program).is_none().then(|| format!("{program} is not installed (package {package})"))
     }
@@ -115,7 +150,7 @@ impl System {
     /// Sets it up in a fresh place. It may take a moment until it carries packets.
     pub fn start(self, place: &Place) -> anyhow::Result<Running> {
         // All but Drover leave it to the kernel how the server is reached.
-        if self != DroverXdpNat {
+        if !matches!(self, Drover(..)) {
             place.lab().route(address::backend4(1).into(), Site::A)?;
         }
         let process = match self {
@@ -126,9 +161,9 @@ impl System {
             }
             Haproxy => Some(haproxy::start(place)?),
             NginxStream => Some(nginx::start(place)?),
-            DroverXdpNat => Some(drover::start(place)?),
+            Drover(hook, mode) => Some(drover::start(place, hook, mode)?),
         };
-        Ok(Running { _processes: process.into_iter().collect() })
+        Ok(Running { system: self, process })
     }
 }
 
