@@ -15,7 +15,7 @@ use crate::config::FlowTimes;
 use crate::datapath::observe::{FlowFilter, FlowList, FlowRow, FlowTable, FlowTables, Member, Observe};
 use crate::datapath::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
-    ServicePlan, SiteNumber, Traffic,
+    ProbeFlow, ServicePlan, SiteNumber, Traffic,
 };
 
 /// What was asked of the datapath, in order.
@@ -253,6 +253,16 @@ impl Datapath for MemoryDatapath {
     fn traffic(&self, _: BackendNumber) -> Traffic {
         Traffic { to_backend_packets: 3, to_backend_bytes: 300, to_clients_packets: 2, to_clients_bytes: 200 }
     }
+
+    fn carry_probes(&self, _: &str) -> Result<(), DatapathError> {
+        Ok(())
+    }
+
+    fn open_probe(&self, _: &ProbeFlow) -> Result<(), DatapathError> {
+        Ok(())
+    }
+
+    fn close_probe(&self, _: &ProbeFlow) {}
 
     fn reasons(&self) -> Vec<(&'static str, u64)> {
         lb_core::Reason::ALL.iter().enumerate().map(|(i, reason)| (reason.label(), i as u64)).collect()

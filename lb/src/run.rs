@@ -18,6 +18,7 @@ use crate::config::{self, Config, Current, LoadError};
 use crate::control::{Control, ControlError};
 use crate::datapath::xdp::XdpDatapath;
 use crate::datapath::{Datapath, DatapathError, Event};
+use crate::health::Health;
 use crate::migrations::{Agents, Migrations};
 use crate::reload::Reloader;
 
@@ -48,6 +49,9 @@ pub enum RunError {
     #[error("the services, backends and sites cannot be installed")]
     Install(#[source] ControlError),
     /// The system.
+    #[error("the thread of the health checks cannot be started")]
+    Health(#[source] std::io::Error),
+    /// The system.
     #[error("signals cannot be waited for")]
     Signals(#[source] std::io::Error),
 }
@@ -77,11 +81,14 @@ pub async fn run(file: &Path) -> Result<(), RunError> {
     let config = Current::new(config);
     let migrations = Arc::new(Migrations::new(control.clone(), config.clone(), Arc::new(Agents)));
     migrations.recover();
+    let health =
+        Health::start(control.clone(), migrations.clone(), config.subscribe()).map_err(RunError::Health)?;
     let file = Some(file.to_owned());
     let reloader = Arc::new(Reloader::new(file, config.clone(), control.clone(), migrations.clone()));
     let admin = Admin {
         config,
         control: control.clone(),
+        health: health.board(),
         migrations: migrations.clone(),
         reloader: reloader.clone(),
         stop: stop.clone(),

@@ -11,6 +11,7 @@ use lb_core::{Class, Reason};
 use super::Admin;
 use crate::control::BackendView;
 use crate::datapath::observe::{FlowTables, Member};
+use crate::health::{CheckState, CheckView};
 
 pub(super) async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
@@ -46,12 +47,13 @@ fn text(admin: &Admin) -> String {
     metric(&mut text, "drover_build_info", "gauge", "Version of the load balancer.")
         .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
     packets(&mut text, admin);
-    let backends = admin.control.views();
+    let backends = admin.backends();
     gates(&mut text, &backends);
     traffic(&mut text, &backends);
     members(&mut text, admin);
     flows(&mut text, admin);
     holds(&mut text, &backends);
+    checks(&mut text, &backends);
     migrations(&mut text, admin);
     text
 }
@@ -203,6 +205,37 @@ fn holds(text: &mut String, backends: &[BackendView]) {
     for backend in backends {
         bytes.sample(&[("backend", &backend.name)], backend.hold.held_bytes);
     }
+}
+
+fn checks(text: &mut String, backends: &[BackendView]) {
+    let of = |metric: &mut Metric<'_>, value: &dyn Fn(&CheckView) -> u64| {
+        for backend in backends {
+            for check in &backend.checks {
+                let labels =
+                    [("backend", &*backend.name), ("service", &*check.service), ("kind", &*check.kind)];
+                metric.sample(&labels, value(check));
+            }
+        }
+    };
+    let mut up =
+        metric(text, "drover_check_up", "gauge", "1 while the check does not say that the backend is down.");
+    of(&mut up, &|check| u64::from(check.state != CheckState::Down));
+    let mut suspended = metric(
+        text,
+        "drover_check_suspended",
+        "gauge",
+        "1 while the backend is held or moves and is not judged.",
+    );
+    of(&mut suspended, &|check| u64::from(check.suspended));
+    let mut probes = metric(text, "drover_check_probes_total", "counter", "Probes that came to a result.");
+    of(&mut probes, &|check| check.probes);
+    let mut failures = metric(
+        text,
+        "drover_check_failures_total",
+        "counter",
+        "Probes that failed, and times with too many resets from the backend.",
+    );
+    of(&mut failures, &|check| check.failures);
 }
 
 fn migrations(text: &mut String, admin: &Admin) {

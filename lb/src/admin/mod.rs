@@ -34,6 +34,7 @@ pub use traffic::{BackendTraffic, FlowTableView, FlowTablesView, MemberView, Tra
 
 use crate::config::Current;
 use crate::control::Control;
+use crate::health::Board;
 use crate::migrations::Migrations;
 use crate::reload::Reloader;
 
@@ -43,6 +44,8 @@ pub struct Admin {
     pub config: Current,
     /// The gates.
     pub control: Arc<Control>,
+    /// What the health checks have found out.
+    pub health: Board,
     /// The migrations.
     pub migrations: Arc<Migrations>,
     /// Reads the configuration again.

@@ -49,13 +49,21 @@ pub struct ServiceView {
     pub backends: Vec<String>,
 }
 
+impl Admin {
+    /// All backends with what their checks say.
+    pub(super) fn backends(&self) -> Vec<BackendView> {
+        let views = self.control.views().into_iter();
+        views.map(|view| BackendView { checks: self.health.of(&view.name), ..view }).collect()
+    }
+}
+
 pub(super) async fn status(State(admin): State<Arc<Admin>>) -> axum::Json<StatusView> {
     let hooks = admin.control.datapath().hooks().into_iter();
     axum::Json(StatusView {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         hooks: hooks.map(|hook| HookView { interface: hook.interface, mode: hook.mode }).collect(),
         services: admin.config.get().plan.services.len(),
-        backends: admin.control.views(),
+        backends: admin.backends(),
         migrations: admin.migrations.all().iter().map(|migration| migration.view()).collect(),
     })
 }
@@ -75,12 +83,13 @@ pub(super) async fn services(State(admin): State<Arc<Admin>>) -> axum::Json<Vec<
 }
 
 pub(super) async fn backends(State(admin): State<Arc<Admin>>) -> axum::Json<Vec<BackendView>> {
-    axum::Json(admin.control.views())
+    axum::Json(admin.backends())
 }
 
 pub(super) async fn backend(
     State(admin): State<Arc<Admin>>,
     Name(name): Name,
 ) -> Result<axum::Json<BackendView>, Problem> {
-    Ok(axum::Json(admin.control.view(&name)?))
+    let view = admin.control.view(&name)?;
+    Ok(axum::Json(BackendView { checks: admin.health.of(&name), ..view }))
 }

@@ -9,6 +9,7 @@ use super::text::{bytes, table};
 use crate::admin::StatusView;
 use crate::client::AdminClient;
 use crate::control::BackendView;
+use crate::health::{CheckState, CheckView};
 use crate::migrations::{MigrationState, MigrationView};
 
 /// How many of the last migrations are shown.
@@ -39,6 +40,7 @@ pub(super) fn render(status: &StatusView) -> String {
         "ADDRESS",
         "LOCATION",
         "GATE",
+        "HEALTH",
         "GENERATION",
         "HELD",
         "DROPPED",
@@ -62,23 +64,44 @@ fn backend(backend: &BackendView) -> Vec<String> {
         ("expired", _) => format!("{} (deadline passed)", backend.gate),
         _ => backend.gate.clone(),
     };
-    let gate = match (backend.drained, backend.down) {
-        (true, _) => format!("{gate}, drained"),
-        (false, true) => format!("{gate}, DOWN"),
-        (false, false) => gate,
-    };
+    let gate = if backend.drained { format!("{gate}, drained") } else { gate };
     let traffic = backend.traffic;
     vec![
         backend.name.clone(),
         backend.address.to_string(),
         backend.location.clone().unwrap_or_else(|| "unknown".to_owned()),
         gate,
+        health(backend),
         backend.generation.to_string(),
         backend.hold.held_packets.to_string(),
         backend.hold.dropped_packets.to_string(),
         format!("{} ({})", traffic.to_backend_packets, bytes(traffic.to_backend_bytes)),
         format!("{} ({})", traffic.to_clients_packets, bytes(traffic.to_clients_bytes)),
     ]
+}
+
+/// The worst of what the checks say, and why.
+fn health(backend: &BackendView) -> String {
+    let Some(worst) = backend.checks.iter().max_by_key(|check| badness(check)) else {
+        return "not checked".to_owned();
+    };
+    let error = worst.last_error.as_deref();
+    let text = match (worst.state, error) {
+        (CheckState::Down, Some(error)) => format!("DOWN: {error}"),
+        (CheckState::Down, None) => "DOWN".to_owned(),
+        (CheckState::Up, _) => "up".to_owned(),
+        (CheckState::Untried, Some(error)) => format!("unknown: {error}"),
+        (CheckState::Untried, None) => "unknown".to_owned(),
+    };
+    if worst.suspended { format!("{text} (resting)") } else { text }
+}
+
+fn badness(check: &CheckView) -> u8 {
+    match check.state {
+        CheckState::Up => 0,
+        CheckState::Untried => 1,
+        CheckState::Down => 2,
+    }
 }
 
 fn migration(migration: &MigrationView) -> Vec<String> {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Control, ControlError, Entry, State, Table};
 use crate::datapath::{HoldStats, Traffic};
+use crate::health::CheckView;
 
 /// A backend as the admin API shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,8 @@ pub struct BackendView {
     pub hold: HoldView,
     /// What was carried.
     pub traffic: TrafficView,
+    /// What its health checks have found out.
+    pub checks: Vec<CheckView>,
 }
 
 /// What one hold has kept and lost.
@@ -70,7 +73,8 @@ pub struct TrafficView {
 
 impl From<Traffic> for TrafficView {
     fn from(traffic: Traffic) -> Self {
-        let Traffic { to_backend_packets, to_backend_bytes, to_clients_packets, to_clients_bytes } = traffic;
+        let Traffic { to_backend_packets, to_backend_bytes, to_clients_packets, to_clients_bytes, .. } =
+            traffic;
         Self { to_backend_packets, to_backend_bytes, to_clients_packets, to_clients_bytes }
     }
 }
@@ -122,6 +126,7 @@ impl Control {
             down: standing.is_some_and(|standing| !standing.is_up()),
             hold: self.datapath.hold_stats(entry.number).into(),
             traffic: self.datapath.traffic(entry.number).into(),
+            checks: Vec::new(),
         }
     }
 }

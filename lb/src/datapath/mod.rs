@@ -12,6 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use self::observe::Observe;
+use lb_core::record::Link;
 use lb_core::{GateWord, Slot};
 
 /// Number of a backend in the data path's tables; stays the same for as long as the tables live.
@@ -269,6 +270,25 @@ pub struct Traffic {
     pub to_clients_bytes: u64,
 }
 
+/// A flow that a health check is about to open: an ordinary one, but for who chose its backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProbeFlow {
+    /// Name of the service whose way it takes.
+    pub service: String,
+    /// What the probe connects to: the service's address.
+    pub to: SocketAddr,
+    /// What is done to its packets.
+    pub mode: Mode,
+    /// Transport protocol of the probe, which need not be the service's.
+    pub protocol: Protocol,
+    /// The backend under test.
+    pub backend: BackendNumber,
+    /// The probe's own address; its port is the NAT port as well.
+    pub from: SocketAddr,
+    /// Back to the probe.
+    pub back: Link,
+}
+
 /// Why a datapath cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
@@ -343,6 +363,16 @@ pub trait Datapath: Observe {
 
     /// Packets and bytes of a backend since the tables were made.
     fn traffic(&self, backend: BackendNumber) -> Traffic;
+
+    /// Takes the packets of health checks from one more interface of the calling thread's namespace, as those of the
+    /// configured ones, for as long as this process lives.
+    fn carry_probes(&self, interface: &str) -> Result<(), DatapathError>;
+
+    /// Writes the flow that a probe is about to open, so that it reaches that backend and no other.
+    fn open_probe(&self, probe: &ProbeFlow) -> Result<(), DatapathError>;
+
+    /// Removes it.
+    fn close_probe(&self, probe: &ProbeFlow);
 
     /// Every counter by reason label (`lb_core::Reason`), in the enum's order, summed over CPUs.
     fn reasons(&self) -> Vec<(&'static str, u64)>;

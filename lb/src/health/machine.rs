@@ -123,6 +123,8 @@ pub struct Machine {
     verdict: Verdict,
     activity: Activity,
     window: Option<Window>,
+    /// Failures ever.
+    failures: u64,
     chance: u64,
 }
 
@@ -134,6 +136,7 @@ impl Machine {
             verdict: Verdict::Untried,
             activity: Activity::Watching,
             window: None,
+            failures: 0,
             chance: seed,
         };
         if pace.probes {
@@ -146,6 +149,11 @@ impl Machine {
     /// What is known of the backend.
     pub fn verdict(&self) -> Verdict {
         self.verdict
+    }
+
+    /// Failures ever, of probes and of windows.
+    pub fn failures(&self) -> u64 {
+        self.failures
     }
 
     /// Whether it is not looked at because its gate is closed or it moves.
@@ -244,6 +252,7 @@ impl Machine {
     }
 
     fn failed(&mut self) -> Option<bool> {
+        self.failures += 1;
         match self.verdict {
             Verdict::Up { failures } if failures + 1 < self.pace.fall => {
                 self.verdict = Verdict::Up { failures: failures + 1 };

@@ -64,6 +64,7 @@ impl Server {
         let admin = Arc::new(Admin {
             config,
             control: gates,
+            health: Board::of_one("chat-1", "chat", "refused"),
             migrations,
             reloader: Arc::new(reloader),
             stop: stop.clone(),

@@ -54,23 +54,23 @@ impl<K: Record, V: Record> BatchMap<K, V> {
         bpf::lookup(self.fd(), key)
     }
 
+    /// Writes an element.
+    pub fn put(&self, key: &K, value: &V) -> io::Result<()> {
+        bpf::update(self.fd(), key, value)
+    }
+
     /// Deletes the elements of these keys; how many of them there were.
     pub fn delete(&self, keys: &[K]) -> io::Result<usize> {
         bpf::delete_batch(self.fd(), keys)
     }
 }
 
-/// Tests make their own maps; outside of them only the kernel program adds elements.
+/// Tests make their own maps.
 #[cfg(test)]
 impl<K: Record, V: Record> BatchMap<K, V> {
     /// Makes a map.
     pub fn create(kind: u32, most: u32) -> io::Result<Self> {
         Self::new(MapData::from_fd(bpf::create_map::<K, V>(kind, most)?).map_err(io::Error::other)?)
-    }
-
-    /// Writes an element.
-    pub fn put(&self, key: &K, value: &V) -> io::Result<()> {
-        bpf::update(self.fd(), key, value)
     }
 }
 

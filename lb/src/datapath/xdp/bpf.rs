@@ -14,7 +14,6 @@ enum Command {
     #[cfg(test)]
     CreateMap = 0,
     Lookup = 1,
-    #[cfg(test)]
     Update = 2,
     LoadProgram = 5,
     RunProgram = 10,
@@ -237,7 +236,6 @@ pub(super) fn lookup<K: Record, V: Record>(map: BorrowedFd<'_>, key: &K) -> io::
 }
 
 /// Writes an element. `K` and `V` must have the map's key and value size.
-#[cfg(test)]
 pub(super) fn update<K: Record, V: Record>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
     let mut attributes = ElementAttributes {
         map: number(map),

@@ -16,6 +16,7 @@ mod mapped;
 mod maps;
 mod observe;
 mod priority;
+mod probes;
 pub mod program;
 mod pump;
 pub mod records;
@@ -37,6 +38,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use self::drains::Drains;
 use self::maps::{Parts, TrafficBytes};
 use self::observe::Observer;
+use self::probes::ProbeFlows;
 use self::pump::Pump;
 use self::shared::SharedTables;
 use self::sites::Sites;
@@ -44,7 +46,7 @@ use self::tables::Tables;
 use super::observe::Member;
 use super::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
-    ServicePlan, SiteNumber, Traffic,
+    ProbeFlow, ServicePlan, SiteNumber, Traffic,
 };
 use crate::config;
 
@@ -59,8 +61,9 @@ pub struct XdpDatapath {
     reasons: PerCpuArray<MapData, u64>,
     traffic: PerCpuArray<MapData, TrafficBytes>,
     observer: Observer,
+    probes: ProbeFlows,
     /// Keeps the loaded program's descriptor open; its pinned links keep it running without us.
-    _ebpf: aya::Ebpf,
+    ebpf: Mutex<aya::Ebpf>,
 }
 
 impl XdpDatapath {
@@ -78,6 +81,7 @@ impl XdpDatapath {
         let observer = Observer::start(&config.pin_path)?;
         let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
         let drains = Drains::new(&config.pin_path);
+        let probes = ProbeFlows::open(config)?;
         Ok(Self {
             hooks,
             shared,
@@ -88,7 +92,8 @@ impl XdpDatapath {
             reasons,
             traffic,
             observer,
-            _ebpf: ebpf,
+            probes,
+            ebpf: Mutex::new(ebpf),
         })
     }
 
@@ -184,6 +189,22 @@ impl Datapath for XdpDatapath {
 
     fn traffic(&self, backend: BackendNumber) -> Traffic {
         self.counters(backend.0).0
+    }
+
+    fn carry_probes(&self, interface: &str) -> Result<(), DatapathError> {
+        let mut ebpf = self.ebpf.lock().expect("nothing panics while it attaches");
+        program::attach_while_alive(&mut ebpf, interface, &self.hooks)
+    }
+
+    fn open_probe(&self, probe: &ProbeFlow) -> Result<(), DatapathError> {
+        let member = self.tables().member(&probe.service, probe.backend);
+        self.probes.put(probe, member)
+    }
+
+    fn close_probe(&self, probe: &ProbeFlow) {
+        if let Err(error) = self.probes.remove(probe) {
+            tracing::warn!(%error, "a health check's flow is left to expiry");
+        }
     }
 
     fn reasons(&self) -> Vec<(&'static str, u64)> {

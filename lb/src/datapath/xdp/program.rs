@@ -16,6 +16,8 @@ use crate::datapath::{DatapathError, Hook};
 pub static OBJECT: &[u8] = include_bytes_aligned!(env!("DROVER_EBPF_OBJECT"));
 
 const PROGRAM: &str = "drover";
+const NATIVE: &str = "xdp native";
+const GENERIC: &str = "xdp generic";
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// Loads the program over the maps pinned below `pins`, making those that are missing.
@@ -50,7 +52,7 @@ pub fn attach(ebpf: &mut Ebpf, interfaces: &[String], pins: &Path) -> Result<Vec
 }
 
 fn attach_one(program: &mut Xdp, interface: &str, pins: &Path) -> Result<Hook, DatapathError> {
-    for (mode, label) in [(XdpMode::Driver, "xdp native"), (XdpMode::Skb, "xdp generic")] {
+    for (mode, label) in [(XdpMode::Driver, NATIVE), (XdpMode::Skb, GENERIC)] {
         let pin = link_pin(pins, interface, mode);
         if let Ok(link) = PinnedLink::from_pin(&pin) {
             let taken_over = program
@@ -68,11 +70,11 @@ fn attach_one(program: &mut Xdp, interface: &str, pins: &Path) -> Result<Hook, D
         }
     }
     match attach_new(program, interface, XdpMode::Driver, pins) {
-        Ok(()) => Ok(Hook { interface: interface.into(), mode: "xdp native".into() }),
+        Ok(()) => Ok(Hook { interface: interface.into(), mode: NATIVE.into() }),
         Err(native) => {
             tracing::info!(interface, %native, "no native XDP here; attaching to the generic hook");
             attach_new(program, interface, XdpMode::Skb, pins)?;
-            Ok(Hook { interface: interface.into(), mode: "xdp generic".into() })
+            Ok(Hook { interface: interface.into(), mode: GENERIC.into() })
         }
     }
 }
@@ -91,6 +93,18 @@ fn attach_new(program: &mut Xdp, interface: &str, mode: XdpMode, pins: &Path) ->
 /// Where the table of a name is pinned.
 pub fn map_pin(pins: &Path, name: &str) -> PathBuf {
     maps_folder(pins).join(name)
+}
+
+/// Attaches the program to an interface that goes with this process, in the way of the others: what it redirects
+/// has to be what they take.
+pub fn attach_while_alive(ebpf: &mut Ebpf, interface: &str, hooks: &[Hook]) -> Result<(), DatapathError> {
+    let generic = hooks.iter().any(|hook| hook.mode == GENERIC);
+    let mode = if generic { XdpMode::Skb } else { XdpMode::Driver };
+    // Not pinned, and not taken out of the program: the link ends with it.
+    program(ebpf)?
+        .attach(interface, mode)
+        .map(drop)
+        .map_err(kernel(format!("attaching XDP to {interface:?}")))
 }
 
 fn maps_folder(pins: &Path) -> PathBuf {

@@ -77,6 +77,11 @@ impl Tables {
         self.backend_numbers.get(name).copied()
     }
 
+    /// The member that flows of a service to a backend are counted for, as the rings' places have it.
+    pub fn member(&self, _service: &str, backend: BackendNumber) -> u32 {
+        backend.0
+    }
+
     /// The number of a site.
     pub fn site(&self, name: &str) -> Option<SiteNumber> {
         self.site_numbers.get(name).copied()
