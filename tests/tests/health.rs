@@ -153,13 +153,17 @@ struct Server {
 
 impl Server {
     fn greeter(lab: &Lab, address: SocketAddr, name: &'static str) -> Server {
-        Server::start(lab, address, move |mut stream| {
+        Server::start(lab, address, move |mut stream, _| {
             // Health checks leave without a word.
             let _ = stream.write_all(name.as_bytes());
         })
     }
 
-    fn start(lab: &Lab, address: SocketAddr, serve: impl Fn(TcpStream) + Send + 'static) -> Server {
+    fn start(
+        lab: &Lab,
+        address: SocketAddr,
+        serve: impl Fn(TcpStream, SocketAddr) + Send + 'static,
+    ) -> Server {
         let listener = lab.site(Site::A).run(|| TcpListener::bind(address).unwrap());
         listener.set_nonblocking(true).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -167,9 +171,9 @@ impl Server {
         let thread = std::thread::spawn(move || {
             while !stopping.load(Relaxed) {
                 match listener.accept() {
-                    Ok((stream, _)) => {
+                    Ok((stream, from)) => {
                         stream.set_nonblocking(false).unwrap();
-                        serve(stream);
+                        serve(stream, from);
                     }
                     Err(_) => std::thread::sleep(Duration::from_millis(1)),
                 }
@@ -307,7 +311,7 @@ fn every_kind_of_check_of_both_families() {
     );
     let well = Arc::new(AtomicBool::new(false));
     let answers_well = well.clone();
-    let _web = Server::start(&bench.lab, at4(1), move |mut stream| {
+    let _web = Server::start(&bench.lab, at4(1), move |mut stream, _| {
         let mut request = [0; 1024];
         let length = stream.read(&mut request).unwrap_or(0);
         let is_ours = request[..length].starts_with(b"GET /health HTTP/1.1\r\n");
@@ -341,6 +345,20 @@ fn every_kind_of_check_of_both_families() {
     };
     answer(b"pang", "answered \"pang\"");
     answer(b"pong, and more", "up");
+}
+
+#[test]
+fn a_transparent_services_check_comes_from_its_own_address_and_back() {
+    let check = format!("mode = \"transparent\"\n[services.check]\n{CHECK}");
+    let bench =
+        Bench::start(&(backend("one", at4(1)) + &service("chat", virtual4(PORT), "tcp", &["one"], &check)));
+    let (heard, hears) = std::sync::mpsc::channel();
+    let _one = Server::start(&bench.lab, at4(1), move |_, from| {
+        let _ = heard.send(from);
+    });
+    bench.wait_state("one", "up");
+    let from = hears.recv_timeout(LIMIT).unwrap();
+    assert_eq!(from.ip(), IpAddr::from([169, 254, 77, 1]));
 }
 
 #[test]
