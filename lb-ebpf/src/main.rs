@@ -12,6 +12,7 @@
 mod atomic;
 mod capture;
 mod frame;
+mod log;
 mod maps;
 mod sample;
 
@@ -123,6 +124,7 @@ macro_rules! steps {
             }
             #[inline(never)]
             fn refuse(context: *mut <$frame as Frame>::Context, now: u64, reason: u32) -> u64 {
+                log::refused(&<$frame>::of(context), reason);
                 let reason = Reason::from_number(reason);
                 take_step::<_, _, $frame>($family, context, now, Step::Refuse(reason))
             }

@@ -33,7 +33,9 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let options = StackOptions { workloads: vec![Workload::redis(1)], ..StackOptions::default() };
+        let environment = vec![("RUST_LOG".to_owned(), "info,ebpf=debug".to_owned())];
+        let workloads = vec![Workload::redis(1)];
+        let options = StackOptions { workloads, environment, ..StackOptions::default() };
         let mut stack = Stack::start(Lab::new().unwrap(), options).unwrap();
         let echo_address = SocketAddr::new(address::backend4(2).into(), ECHO_PORT);
         let path = stack.config_path("lb");
@@ -317,7 +319,11 @@ fn captures_have_the_packets_of_a_connection_and_why() {
     assert_eq!(found.len(), 1);
     assert!(found[0].1.starts_with("no_flow: "), "{found:?}");
 
-    // Nobody listens any more, so nothing is sampled.
+    // What the kernel program says for debugging, as it was asked to.
+    let said = format!("packet refused: reason {}, interface ", lb_core::Reason::NoFlow as u32);
+    let log = || std::fs::read_to_string(bench.stack.log_path("lb")).unwrap();
+    assert!(wait_for(LIMIT, || log().contains(&said).then_some(())).is_some(), "{said} is not in {}", log());
+
     let refused = bench.lb(&["capture", "--write", "-", "--reason", "bored"]).output().unwrap();
     let problem = String::from_utf8(refused.stderr).unwrap();
     assert_eq!(refused.status.code(), Some(2), "{problem}");

@@ -12,6 +12,7 @@ mod drains;
 pub mod expiry;
 pub mod flows;
 mod locator;
+mod log;
 mod mapped;
 mod maps;
 mod observe;
@@ -71,6 +72,7 @@ impl XdpDatapath {
     /// calling thread's network namespace. What it finds out by itself is sent to `events`.
     pub fn open(config: &config::Datapath, events: UnboundedSender<Event>) -> Result<Self, DatapathError> {
         let mut ebpf = program::load(&config.pin_path)?;
+        log::forward(&mut ebpf)?;
         let (maps, Parts { shared, locations, capture, reasons, traffic }) = maps::take(&mut ebpf, config)?;
         let shared = Arc::new(shared);
         let tables = Tables::new(maps, shared.clone())?;

@@ -10,6 +10,7 @@ use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::log;
 use crate::datapath::{DatapathError, Hook};
 
 /// The program and the definitions of its tables, for those who load it otherwise (benchmarks).
@@ -24,13 +25,14 @@ const BPFFS: &str = "/sys/fs/bpf";
 pub fn load(pins: &Path) -> Result<Ebpf, DatapathError> {
     mount_bpffs(pins)?;
     fs::create_dir_all(maps_folder(pins)).map_err(kernel(format!("making {}", pins.display())))?;
-    let mut ebpf = EbpfLoader::new().default_map_pin_directory(maps_folder(pins)).load(OBJECT).map_err(
-        kernel(format!(
-            "loading the XDP program over the tables pinned at {0} (if they are another version's, \
+    let log_level = log::level();
+    let mut loader = EbpfLoader::new();
+    loader.default_map_pin_directory(maps_folder(pins)).override_global(log::LEVEL, &log_level, true);
+    let mut ebpf = loader.load(OBJECT).map_err(kernel(format!(
+        "loading the XDP program over the tables pinned at {0} (if they are another version's, \
              stop the traffic and remove {0})",
-            pins.display()
-        )),
-    )?;
+        pins.display()
+    )))?;
     program(&mut ebpf)?.load().map_err(kernel("loading the XDP program into the kernel"))?;
     Ok(ebpf)
 }
