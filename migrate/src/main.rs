@@ -33,6 +33,11 @@ enum Command {
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     [decapsulator]                     # optional: for services of mode "dsr", where there is no tunnel device
+    ///     interfaces = ["eth0"]              # where the load balancer's packets come in
+    ///     endpoints = ["10.2.1.2"]           # `tunnel` of this site in the load balancer
+    ///     from = ["10.2.1.254"]              # optional: whose packets are taken
+    ///     hook = "auto"                      # or "xdp", "tc"
     ///     [[workloads]]
     ///     name = "chat-1"                    # the backend's name in the load balancer
     ///     address = "10.1.0.1:6379"          # what its sockets are bound to, the same at every site

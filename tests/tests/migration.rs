@@ -171,6 +171,7 @@ fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
         dir: None,
         site: Site::A,
         service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
+        mode: lab::stack::Mode::Nat,
     };
     let target = workload.service;
     let stack =

@@ -1,14 +1,20 @@
 //! The configuration files of a stack, as our programs read them.
 
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{HoldOptions, Workload};
+use super::{HoldOptions, Tunnels, Workload};
 use crate::{Lab, Site, address};
 
 /// The daemon's configuration file.
-pub(super) fn daemon(lab: &Lab, workloads: &[Workload], hold: &HoldOptions) -> String {
+pub(super) fn daemon(
+    lab: &Lab,
+    workloads: &[Workload],
+    tunnels: Option<Tunnels>,
+    hold: &HoldOptions,
+) -> String {
     let backends: Vec<_> = workloads
         .iter()
         .map(|workload| Backend {
@@ -26,6 +32,7 @@ pub(super) fn daemon(lab: &Lab, workloads: &[Workload], hold: &HoldOptions) -> S
                 name: format!("{}-service", workload.name),
                 address,
                 protocol,
+                mode: workload.mode.name(),
                 backends: vec![&workload.name],
             }),
         }
@@ -42,6 +49,10 @@ pub(super) fn daemon(lab: &Lab, workloads: &[Workload], hold: &HoldOptions) -> S
         sites: Site::ALL.map(|site| SiteEntry {
             name: site.name(),
             next_hop: address::site4(site).to_string(),
+            tunnel: tunnels.map(|family| match family {
+                Tunnels::V4 => address::tunnel4(site).into(),
+                Tunnels::V6 => address::tunnel6(site).into(),
+            }),
             agent: format!("http://{}:{}", address::site4(site), address::AGENT_PORT),
         }),
         backends,
@@ -50,7 +61,7 @@ pub(super) fn daemon(lab: &Lab, workloads: &[Workload], hold: &HoldOptions) -> S
 }
 
 /// A site's agent's configuration file: it knows every workload, and starts those that begin there.
-pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload]) -> String {
+pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload], tunnels: Option<Tunnels>) -> String {
     let workloads = workloads.iter().map(|workload| AgentWorkload {
         name: &workload.name,
         address: workload.address.to_string(),
@@ -63,6 +74,12 @@ pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload]) -> String {
         site: site.name(),
         listen: format!("{}:{}", address::site4(site), address::AGENT_PORT),
         state_dir: &lab.dir().join(format!("agent-{}", site.name())),
+        decapsulator: tunnels.map(|_| Decapsulator {
+            interfaces: ["eth0"],
+            endpoints: [address::tunnel4(site).into(), address::tunnel6(site).into()],
+            from: [address::lb_at4(site).into(), address::lb_at6(site).into()],
+            pin_path: lab.pin_path().join(format!("agent-{}", site.name())),
+        }),
         workloads: workloads.collect(),
     })
 }
@@ -98,6 +115,8 @@ struct Datapath<'a> {
 struct SiteEntry {
     name: &'static str,
     next_hop: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tunnel: Option<IpAddr>,
     agent: String,
 }
 
@@ -113,6 +132,7 @@ struct Service<'a> {
     name: String,
     address: String,
     protocol: &'static str,
+    mode: &'static str,
     backends: Vec<&'a str>,
 }
 
@@ -121,7 +141,17 @@ struct Agent<'a> {
     site: &'static str,
     listen: String,
     state_dir: &'a Path,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decapsulator: Option<Decapsulator>,
     workloads: Vec<AgentWorkload<'a>>,
+}
+
+#[derive(Serialize)]
+struct Decapsulator {
+    interfaces: [&'static str; 1],
+    endpoints: [IpAddr; 2],
+    from: [IpAddr; 2],
+    pin_path: PathBuf,
 }
 
 #[derive(Serialize)]

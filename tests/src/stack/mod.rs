@@ -19,7 +19,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-pub use workload::{Protocol, Workload};
+pub use workload::{Mode, Protocol, Tunnels, Workload};
 
 use crate::error::LabError;
 use crate::http::{self, Response};
@@ -41,6 +41,8 @@ const SHOWN_LINES: usize = 60;
 pub struct StackOptions {
     /// The servers behind the load balancer; each is one backend. Those with the same service address share a service.
     pub workloads: Vec<Workload>,
+    /// Tunnels to the sites, with the agents' decapsulator at their ends; none unless a workload needs them.
+    pub tunnels: Option<Tunnels>,
     /// The daemon's hold limits, where they differ from its defaults.
     pub hold: HoldOptions,
     /// Added to the environment of daemon and agents.
@@ -84,12 +86,15 @@ pub struct Stack {
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
     pub fn start(lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, hold, environment, hidden, site_processors } = options;
+        let StackOptions { workloads, tunnels, hold, environment, hidden, site_processors } = options;
+        if tunnels.is_some() {
+            lab.hold_virtual_addresses()?;
+        }
         let (daemon, agents) = (None, [None, None]);
         let mut stack = Stack { daemon, agents, environment, workloads, hidden, site_processors, lab };
-        stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, &hold))?;
+        stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, tunnels, &hold))?;
         for site in Site::ALL {
-            let text = config::agent(&stack.lab, site, &stack.workloads);
+            let text = config::agent(&stack.lab, site, &stack.workloads, tunnels);
             stack.write_config(&agent_name(site), &text)?;
             stack.spawn_agent(site)?;
         }

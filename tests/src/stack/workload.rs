@@ -24,6 +24,39 @@ impl Protocol {
     }
 }
 
+/// How packets get to a server and back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Both addresses are translated.
+    #[default]
+    Nat,
+    /// Only the destination is; the server's answers are routed through the load balancer.
+    Transparent,
+    /// Through the site's tunnel as they are; the server is bound to the service's address and answers directly. The
+    /// stack has to have tunnels then ([`StackOptions::tunnels`](super::StackOptions)).
+    Dsr,
+}
+
+impl Mode {
+    /// As configurations have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Nat => "nat",
+            Mode::Transparent => "transparent",
+            Mode::Dsr => "dsr",
+        }
+    }
+}
+
+/// The family of the tunnels to the sites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tunnels {
+    /// IPv4.
+    V4,
+    /// IPv6; they carry both families.
+    V6,
+}
+
 /// A server, which is one backend.
 #[derive(Clone, Debug)]
 pub struct Workload {
@@ -41,6 +74,8 @@ pub struct Workload {
     pub site: Site,
     /// What clients connect to.
     pub service: SocketAddr,
+    /// How their packets get to it.
+    pub mode: Mode,
 }
 
 impl Workload {
@@ -70,6 +105,28 @@ impl Workload {
             dir: None,
             site: Site::A,
             service: SocketAddr::new(service, PORT + u16::from(number) - 1),
+            mode: Mode::Nat,
         }
+    }
+
+    /// The same server in another mode: where that is [`Mode::Dsr`] it is bound to the service's address, which its
+    /// command has to name as it names the server's own.
+    pub fn in_mode(mut self, mode: Mode) -> Workload {
+        if mode == Mode::Dsr {
+            let change = |word: &String| {
+                if *word == self.address.ip().to_string() {
+                    self.service.ip().to_string()
+                } else if *word == self.address.port().to_string() {
+                    self.service.port().to_string()
+                } else if *word == self.address.to_string() {
+                    self.service.to_string()
+                } else {
+                    word.clone()
+                }
+            };
+            self.command = self.command.iter().map(change).collect();
+            self.address = self.service;
+        }
+        Workload { mode, ..self }
     }
 }
