@@ -22,9 +22,11 @@
 //!
 //! ```text
 //! xdp        nanoseconds that the XDP program spends on a packet
+//! cutover    what a flip and a replay take while the tables hold many flows
 //! ```
 
 pub mod clock;
+pub mod cutover;
 pub mod driver;
 pub mod interrupt;
 pub mod path;

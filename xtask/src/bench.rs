@@ -16,6 +16,8 @@ pub enum Bench {
     Path,
     /// Nanoseconds that the XDP program spends on a packet
     Xdp,
+    /// What a flip and a replay take while the tables hold many flows
+    Cutover,
 }
 
 impl Bench {
@@ -23,6 +25,7 @@ impl Bench {
         match self {
             Self::Path => "path",
             Self::Xdp => "xdp",
+            Self::Cutover => "cutover",
         }
     }
 
@@ -31,13 +34,14 @@ impl Bench {
         match self {
             Self::Path => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
             Self::Xdp => &["-p", "bench", "--bin", "xdp"],
+            Self::Cutover => &["-p", "bench", "--bin", "cutover"],
         }
     }
 
     fn scope(self) -> setup::Scope {
         match self {
             Self::Path => setup::Scope::Bench,
-            Self::Xdp => setup::Scope::Demo,
+            Self::Xdp | Self::Cutover => setup::Scope::Demo,
         }
     }
 }

@@ -6,6 +6,9 @@
 #![no_std]
 #![no_main]
 
+#[path = "../bench_cutover.rs"]
+mod cutover;
+
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_TX};
 use aya_ebpf::helpers::bpf_xdp_adjust_head;
