@@ -76,7 +76,7 @@ fn cycle(subject: &mut Subject, flows: u32, packets: u32) -> Result<(Duration, D
     let stored = before.elapsed();
     let first = subject.wait("the first replayed packet", |event| match event {
         Event::ReplayStarted { after, .. } => Some(*after),
-        Event::Replayed { .. } => None,
+        _ => None,
     })?;
     subject.wait("the end of the replay", |event| matches!(event, Event::Replayed { .. }).then_some(()))?;
     let open = subject.datapath.state(backend).word.with_gate(Gate::Forward);
