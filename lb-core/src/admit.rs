@@ -41,8 +41,7 @@ const ACKNOWLEDGED_AHEAD: u32 = 1 << 16;
 
 /// The verdict for a packet that takes a closer look; `None` where it may open a flow.
 #[inline(always)]
-pub(crate) fn search<'t, const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
-    family: F,
+pub(crate) fn search<'t, const W: usize, P: Packet, T: Tables<W>>(
     packet: &mut P,
     tables: &'t T,
     named: &Named<W>,
@@ -71,7 +70,7 @@ pub(crate) fn search<'t, const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
         }
     };
     // Where the flow is void, since its backend's number was given on, a new one takes its place.
-    follow(family, packet, tables, flow, transport, arrival)
+    follow(packet, tables, flow, transport, arrival)
 }
 
 /// Whether the connection was seen to end: reset, or finished in both directions.

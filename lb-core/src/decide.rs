@@ -23,9 +23,6 @@ pub(crate) const SYN: u8 = 0x02;
 pub(crate) const RST: u8 = 0x04;
 pub(crate) const ACK: u8 = 0x10;
 
-/// TCP's header with the timestamp option, which nearly all segments carry: what a merged frame's segments get.
-const TCP_HEADER: usize = 32;
-
 /// Where and when a packet came in.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
@@ -107,13 +104,12 @@ pub fn decide<'t, const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
     }
     let key = FlowKey { source, destination, ports, protocol: protocol as u32 };
     let flow = tables.flow(&key)?;
-    Some((follow(family, packet, tables, flow, &transport, arrival)?, protocol))
+    Some((follow(packet, tables, flow, &transport, arrival)?, protocol))
 }
 
 /// The verdict for a known flow, or `None` where the flow is void because its backend's number was given on.
 #[inline(always)]
-pub(crate) fn follow<'t, const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
-    _family: F,
+pub(crate) fn follow<'t, const W: usize, P: Packet, T: Tables<W>>(
     packet: &mut P,
     tables: &'t T,
     flow: &'t Flow<W>,
@@ -156,14 +152,10 @@ pub(crate) fn follow<'t, const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
                 }
                 room = room.saturating_sub(location.overhead());
             }
-            if location.mtu != 0 {
-                let largest = match packet.segment() {
-                    0 => packet.length() - LINK_HEADER,
-                    payload => F::HEADER + TCP_HEADER + payload,
-                };
-                if largest > room {
-                    return Some(Verdict::TooBig { mtu: room as u32 });
-                }
+            // Merged segments are cut anew on their way out, as small as they have to be.
+            let fits = location.mtu == 0 || packet.length() - LINK_HEADER <= room || packet.segment() != 0;
+            if !fits {
+                return Some(Verdict::TooBig { mtu: room as u32 });
             }
         }
         Direction::ToClient => {

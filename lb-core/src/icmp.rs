@@ -109,7 +109,7 @@ fn translate<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
         return Step::Refuse(Reason::OtherProtocol);
     };
     let transport = Transport { protocol, ttl: header.ttl, flags: 0 };
-    let (location, reason) = match follow(family, packet, tables, flow, &transport, arrival) {
+    let (location, reason) = match follow(packet, tables, flow, &transport, arrival) {
         Some(Verdict::Forward { location, .. }) => match flow.kind.direction() {
             Direction::ToBackend => (Some(location), Reason::ErrorToBackend),
             Direction::ToClient => (None, Reason::ErrorToClient),
@@ -177,10 +177,6 @@ pub(crate) fn too_big<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
     arrival: Arrival,
     mtu: u32,
 ) -> Step {
-    // A partial checksum would be completed in the midst of our answer.
-    if P::PARTIAL_CHECKSUMS {
-        return Step::Refuse(Reason::TooBig);
-    }
     let header = match family.parse(packet) {
         Ok(header) => header,
         Err(reason) => return Step::Refuse(reason),

@@ -115,7 +115,7 @@ pub fn take<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
             None => Step::Search,
         },
         Step::Search => match name(family, packet, tables) {
-            Ok(named) => match search(family, packet, tables, &named, arrival) {
+            Ok(named) => match search(packet, tables, &named, arrival) {
                 Some(verdict) => perform(family, packet, tables, verdict, named.part),
                 None => Step::Open,
             },

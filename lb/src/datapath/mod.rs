@@ -3,6 +3,8 @@
 //! Control decides (see `control`), a datapath performs: each call here is one store or one message
 //! and never waits for the network. What a datapath finds out by itself comes back as an [`Event`].
 
+mod held;
+mod merged;
 pub mod observe;
 mod queue;
 mod segment;

@@ -9,6 +9,9 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use lb_core::Mode;
+
+use super::held::HeldFrame;
 use super::segment::{Content, Flow, Segment, read};
 use super::{HoldLimits, Overflow};
 
@@ -16,18 +19,12 @@ use super::{HoldLimits, Overflow};
 #[derive(Debug)]
 pub struct HoldQueue {
     limits: HoldLimits,
-    frames: VecDeque<Held>,
+    frames: VecDeque<HeldFrame>,
     bytes: usize,
     counts: QueueCounts,
     /// Frames that have left the queue since it was made: the number of its first one.
     gone: u64,
     flows: HashMap<Flow, Waiting>,
-}
-
-#[derive(Debug)]
-struct Held {
-    at: Instant,
-    frame: Box<[u8]>,
 }
 
 /// What a queue has taken and given up.
@@ -91,8 +88,8 @@ impl HoldQueue {
         }
     }
 
-    /// Puts a frame in, or drops it or older ones as the limits say.
-    pub fn push(&mut self, now: Instant, frame: &[u8]) {
+    /// Puts a frame of a service of this mode in, or drops it or older ones as the limits say.
+    pub fn push(&mut self, now: Instant, frame: &[u8], mode: Mode) {
         let most = self.limits.max_bytes;
         if frame.len() > most
             || self.bytes + frame.len() > most && self.limits.overflow == Overflow::DropNewest
@@ -100,7 +97,7 @@ impl HoldQueue {
             self.counts.overflow += 1;
             return;
         }
-        if self.absorb(now, frame) {
+        if self.absorb(now, frame, mode) {
             self.counts.absorbed += 1;
             return;
         }
@@ -112,11 +109,11 @@ impl HoldQueue {
         self.bytes += frame.len();
         self.counts.held_packets += 1;
         self.counts.held_bytes += frame.len() as u64;
-        self.frames.push_back(Held { at: now, frame: frame.into() });
+        self.frames.push_back(HeldFrame::new(now, frame, mode));
     }
 
     /// Whether a frame need not wait itself: all of it waits already, or it took the place of an acknowledgement.
-    fn absorb(&mut self, now: Instant, frame: &[u8]) -> bool {
+    fn absorb(&mut self, now: Instant, frame: &[u8], mode: Mode) -> bool {
         let Some((flow, content)) = read(frame) else { return false };
         let Some(waiting) = self.flows.get_mut(&flow) else { return false };
         let segment = if let Content::Segment(segment) = content { Some(segment) } else { None };
@@ -128,11 +125,11 @@ impl HoldQueue {
         else {
             return false;
         };
-        let bytes = self.bytes - held.frame.len() + frame.len();
+        let bytes = self.bytes - held.frame().len() + frame.len();
         if content == Content::Other || bytes > self.limits.max_bytes {
             return false;
         }
-        *held = Held { at: now, frame: frame.into() };
+        *held = HeldFrame::new(now, frame, mode);
         self.bytes = bytes;
         if let Some(segment) = segment {
             waiting.last_acknowledgement = None;
@@ -162,8 +159,8 @@ impl HoldQueue {
     }
 
     /// The first `most` frames, to be sent.
-    pub fn first(&mut self, most: usize) -> impl Iterator<Item = &mut [u8]> {
-        self.frames.iter_mut().take(most).map(|held| &mut *held.frame)
+    pub fn first(&mut self, most: usize) -> impl Iterator<Item = &mut HeldFrame> {
+        self.frames.iter_mut().take(most)
     }
 
     /// Forgets the first `sent` frames.
@@ -175,9 +172,9 @@ impl HoldQueue {
 
     fn remove_first(&mut self) {
         if let Some(held) = self.frames.pop_front() {
-            self.bytes -= held.frame.len();
+            self.bytes -= held.frame().len();
             self.gone += 1;
-            if let Some((flow, _)) = read(&held.frame)
+            if let Some((flow, _)) = read(held.frame())
                 && let Entry::Occupied(mut waiting) = self.flows.entry(flow)
             {
                 waiting.get_mut().frames -= 1;
@@ -217,7 +214,7 @@ mod tests {
     }
 
     fn contents(queue: &mut HoldQueue) -> Vec<Vec<u8>> {
-        queue.first(usize::MAX).map(|frame| frame.to_vec()).collect()
+        queue.first(usize::MAX).map(|held| held.frame().to_vec()).collect()
     }
 
     #[test]
@@ -226,7 +223,7 @@ mod tests {
         for (overflow, kept) in [(Overflow::DropNewest, [1, 2]), (Overflow::DropOldest, [2, 3])] {
             let mut queue = HoldQueue::new(limits(20, overflow));
             for n in 1..=3 {
-                queue.push(now, &[n; 10]);
+                queue.push(now, &[n; 10], Mode::Nat);
             }
             assert_eq!(contents(&mut queue), kept.map(|n| vec![n; 10]), "{overflow:?}");
             assert_eq!(queue.counts().overflow, 1);
@@ -236,8 +233,8 @@ mod tests {
     #[test]
     fn a_frame_larger_than_the_queue_displaces_nothing() {
         let mut queue = HoldQueue::new(limits(20, Overflow::DropOldest));
-        queue.push(Instant::now(), &[1; 20]);
-        queue.push(Instant::now(), &[2; 21]);
+        queue.push(Instant::now(), &[1; 20], Mode::Nat);
+        queue.push(Instant::now(), &[2; 21], Mode::Nat);
         assert_eq!(contents(&mut queue), [vec![1; 20]]);
     }
 
@@ -245,8 +242,8 @@ mod tests {
     fn old_frames_expire_and_young_ones_stay() {
         let start = Instant::now();
         let mut queue = HoldQueue::new(limits(100, Overflow::DropNewest));
-        queue.push(start, &[1]);
-        queue.push(start + Duration::from_millis(80), &[2]);
+        queue.push(start, &[1], Mode::Nat);
+        queue.push(start + Duration::from_millis(80), &[2], Mode::Nat);
         queue.expire(start + Duration::from_millis(101));
         assert_eq!(contents(&mut queue), [vec![2]]);
         assert_eq!(queue.counts().aged, 1);
@@ -258,12 +255,12 @@ mod tests {
         let mut queue = HoldQueue::new(limits(10_000, Overflow::DropNewest));
         let segments = [(100, 20), (120, 10), (100, 30), (110, 10), (125, 10), (300, 5), (300, 5)];
         for (sequence, length) in segments {
-            queue.push(now, &tcp(4000, sequence, length));
+            queue.push(now, &tcp(4000, sequence, length), Mode::Nat);
         }
         // Kept: the first two, the one that goes on beyond them, and those behind a gap.
         assert_eq!((queue.len(), queue.counts().absorbed), (5, 2));
         queue.sent(1);
-        queue.push(now, &tcp(4000, 100, 20));
+        queue.push(now, &tcp(4000, 100, 20), Mode::Nat);
         assert_eq!((queue.len(), queue.counts().absorbed), (5, 2));
     }
 
@@ -274,7 +271,7 @@ mod tests {
         let sent =
             [(4000, 100, 0), (4001, 7, 3), (4000, 100, 0), (4000, 100, 20), (4000, 120, 0), (4000, 120, 9)];
         for (port, sequence, length) in sent {
-            queue.push(now, &tcp(port, sequence, length));
+            queue.push(now, &tcp(port, sequence, length), Mode::Nat);
         }
         assert_eq!(contents(&mut queue), [tcp(4000, 100, 20), tcp(4001, 7, 3), tcp(4000, 120, 9)]);
         assert_eq!(
@@ -282,12 +279,12 @@ mod tests {
             QueueCounts { held_packets: 3, held_bytes: 3 * 54 + 3, absorbed: 3, ..QueueCounts::default() }
         );
         // What took its place is covered as if it had come by itself.
-        queue.push(now, &tcp(4000, 100, 29));
+        queue.push(now, &tcp(4000, 100, 29), Mode::Nat);
         assert_eq!(queue.len(), 3);
         // One that has been sent has no place to give.
-        queue.push(now, &tcp(4002, 1, 0));
+        queue.push(now, &tcp(4002, 1, 0), Mode::Nat);
         queue.sent(4);
-        queue.push(now, &tcp(4002, 1, 5));
+        queue.push(now, &tcp(4002, 1, 5), Mode::Nat);
         assert_eq!(contents(&mut queue), [tcp(4002, 1, 5)]);
     }
 
@@ -316,7 +313,7 @@ mod tests {
             let mut queue = HoldQueue::new(limits(200, overflow));
             let now = Instant::now();
             for (n, size) in sizes.iter().enumerate() {
-                queue.push(now, &vec![n as u8; *size]);
+                queue.push(now, &vec![n as u8; *size], Mode::Nat);
                 prop_assert!(queue.bytes <= 200);
             }
             let kept = contents(&mut queue);

@@ -34,7 +34,12 @@ const ACK: u8 = 0x10;
 /// Flow and content of an Ethernet frame with TCP over IPv4 or IPv6 without options.
 pub fn read(frame: &[u8]) -> Option<(Flow, Content)> {
     let (addresses, transport, end): (Range<usize>, usize, usize) = match frame.get(12..14)? {
-        [0x08, 0x00] if frame.get(23) == Some(&TCP) => (26..34, 34, 14 + length(frame, 16)?),
+        // A fragment has no header, or not all that it speaks of.
+        [0x08, 0x00]
+            if frame.get(20)? & 0x3f == 0 && frame.get(21) == Some(&0) && frame.get(23) == Some(&TCP) =>
+        {
+            (26..34, 34, 14 + length(frame, 16)?)
+        }
         [0x86, 0xdd] if frame.get(20) == Some(&TCP) => (22..54, 54, 54 + length(frame, 18)?),
         _ => return None,
     };

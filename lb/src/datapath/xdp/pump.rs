@@ -13,13 +13,15 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, RingBuf};
-use lb_core::record::{CaptureHead, Link};
-use lb_core::{Gate, GateWord};
+use lb_core::record::CaptureHead;
+use lb_core::{Gate, GateWord, Mode};
 use nix::sys::prctl::set_timerslack;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::records::from_bytes;
 use super::sender::{BATCH, Sender};
 use super::shared::SharedTables;
+use crate::datapath::merged::wire_frames;
 use crate::datapath::queue::HoldQueue;
 use crate::datapath::{BackendNumber, Event, HoldLimits, HoldStats};
 
@@ -213,13 +215,18 @@ impl Worker {
         while taken < TAKE {
             let Some(item) = self.ring.next() else { break };
             taken += 1;
-            let Some((backend, frame)) = captured(&item) else { continue };
+            let Some(Captured { backend, mode, segment, frame }) = captured(&item) else { continue };
             match sessions.get_mut(&backend) {
                 Some(session) if !session.is_past() => {
-                    let before = session.queue.len() as u64;
-                    session.queue.push(now, frame);
-                    // What did not make the queue longer was dropped: the frame itself or older ones.
-                    session.unsettled += before + 1 - session.queue.len() as u64;
+                    let frames = wire_frames(frame, segment);
+                    // Each is sent and settled by itself, so each has to count as captured.
+                    self.tables.capture(backend, frames.len() as u64 - 1);
+                    for frame in frames {
+                        let before = session.queue.len() as u64;
+                        session.queue.push(now, &frame, mode);
+                        // What did not make the queue longer was dropped: the frame itself or older ones.
+                        session.unsettled += before + 1 - session.queue.len() as u64;
+                    }
                 }
                 // Captured for a hold that nobody remembers.
                 _ => self.tables.settle(backend, 1),
@@ -327,10 +334,10 @@ impl Worker {
         if session.queue.is_empty() {
             return 0;
         }
-        let link = self.tables.link(backend, word.slot());
-        let Some(link) = link else { return 0 };
-        let Some(sender) = self.sender(link.interface) else { return 0 };
-        let frames = session.queue.first(most).map(|frame| addressed(frame, &link));
+        let Some(location) = self.tables.location(backend, word.slot()) else { return 0 };
+        let Some(sender) = self.sender(location.link.interface) else { return 0 };
+        // What has no way there (no tunnel any more) becomes an empty frame, which the kernel refuses: lost, and counted.
+        let frames = session.queue.first(most).map(|held| held.addressed(&location).unwrap_or_default());
         let sent = match sender.send(frames) {
             Ok(sent) => sent,
             Err(error) if passes_by_itself(&error) => 0,
@@ -362,19 +369,24 @@ impl Worker {
     }
 }
 
-/// The backend and frame of a ring item.
-fn captured(item: &[u8]) -> Option<(BackendNumber, &[u8])> {
-    let (head, rest) = item.split_at_checked(size_of::<CaptureHead>())?;
-    let backend = u32::from_ne_bytes(head[..4].try_into().ok()?);
-    let length = u32::from_ne_bytes(head[4..8].try_into().ok()?) as usize;
-    Some((BackendNumber(backend), rest.get(..length)?))
+/// An item of the capture ring.
+struct Captured<'r> {
+    backend: BackendNumber,
+    mode: Mode,
+    segment: usize,
+    frame: &'r [u8],
 }
 
-fn addressed<'f>(frame: &'f mut [u8], link: &Link) -> &'f mut [u8] {
-    if let Some(header) = frame.first_chunk_mut() {
-        link.write(header);
-    }
-    frame
+fn captured(item: &[u8]) -> Option<Captured<'_>> {
+    let (head, rest) = item.split_first_chunk()?;
+    let CaptureHead { backend, length, mode, segment } =
+        from_bytes::<{ size_of::<CaptureHead>() }, CaptureHead>(head);
+    Some(Captured {
+        backend: BackendNumber(backend),
+        mode: Mode::from_bits(mode),
+        segment: segment as usize,
+        frame: rest.get(..length as usize)?,
+    })
 }
 
 fn passes_by_itself(error: &std::io::Error) -> bool {

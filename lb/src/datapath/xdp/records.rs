@@ -2,7 +2,8 @@
 #![expect(unsafe_code, reason = "records are viewed as bytes")]
 
 use lb_core::record::{
-    Backend, HoldCounters, Location, NatSource, SampleHead, Service, ServiceKey, Settings, Traffic,
+    Backend, CaptureHead, HoldCounters, Location, NatSource, SampleHead, Service, ServiceKey, Settings,
+    Traffic,
 };
 use lb_core::{Flow, FlowKey};
 
@@ -32,6 +33,8 @@ unsafe impl Record for Backend {}
 unsafe impl Record for Location {}
 // SAFETY: as above.
 unsafe impl Record for HoldCounters {}
+// SAFETY: as above.
+unsafe impl Record for CaptureHead {}
 // SAFETY: as above.
 unsafe impl Record for Traffic {}
 // SAFETY: as above.

@@ -7,7 +7,7 @@ use std::sync::{Mutex, RwLock};
 use std::time::Instant;
 
 use aya::maps::MapData;
-use lb_core::record::{Backend, HoldCounters, Link};
+use lb_core::record::{Backend, HoldCounters, Location};
 use lb_core::{GateWord, Slot};
 use std::os::fd::AsFd;
 
@@ -18,8 +18,8 @@ use crate::datapath::{BackendNumber, BackendState, SiteNumber};
 pub struct SharedTables {
     backends: MappedArray<Backend>,
     holds: MappedArray<HoldCounters>,
-    /// Links of the sites by number, as the kernel program has them.
-    links: RwLock<HashMap<SiteNumber, Link>>,
+    /// Locations of the sites by number, as the kernel program has them.
+    locations: RwLock<HashMap<SiteNumber, Location>>,
     /// When the last word of a backend was stored.
     stored: Mutex<HashMap<BackendNumber, Instant>>,
 }
@@ -30,7 +30,7 @@ impl SharedTables {
         Ok(Self {
             backends: MappedArray::new(backends.fd().as_fd(), most)?,
             holds: MappedArray::new(holds.fd().as_fd(), most)?,
-            links: RwLock::default(),
+            locations: RwLock::default(),
             stored: Mutex::default(),
         })
     }
@@ -74,15 +74,20 @@ impl SharedTables {
         self.backend(backend).sites.store(sites);
     }
 
-    /// The link of the site in a slot of a backend, where it is known.
-    pub fn link(&self, backend: BackendNumber, slot: Slot) -> Option<Link> {
+    /// The location of the site in a slot of a backend, where it is known.
+    pub fn location(&self, backend: BackendNumber, slot: Slot) -> Option<Location> {
         let site = SiteNumber(self.backend(backend).sites.at(slot));
-        self.links.read().expect("nothing panics under it").get(&site).copied()
+        self.locations.read().expect("nothing panics under it").get(&site).copied()
     }
 
-    /// Remembers a site's link.
-    pub fn set_link(&self, site: SiteNumber, link: Link) {
-        self.links.write().expect("nothing panics under it").insert(site, link);
+    /// Remembers a site's location.
+    pub fn set_location(&self, site: SiteNumber, location: Location) {
+        self.locations.write().expect("nothing panics under it").insert(site, location);
+    }
+
+    /// Counts packets as captured that the kernel program captured as one.
+    pub fn capture(&self, backend: BackendNumber, packets: u64) {
+        self.hold(backend).captured.fetch_add(packets, SeqCst);
     }
 
     /// Packets captured and settled, since the tables were made. Settled is read first: it never overtakes.

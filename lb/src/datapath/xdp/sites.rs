@@ -116,9 +116,10 @@ impl Keeper {
     }
 
     fn write(&mut self, site: SiteNumber, link: Link) {
-        if let Err(error) = self.locations.set(site.0, to_bytes(&Location::plain(link, 0)), 0) {
+        let location = Location::plain(link, 0);
+        if let Err(error) = self.locations.set(site.0, to_bytes(&location), 0) {
             tracing::error!(site = site.0, %error, "cannot write the site's location");
         }
-        self.tables.set_link(site, link);
+        self.tables.set_location(site, location);
     }
 }
