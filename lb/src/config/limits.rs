@@ -24,8 +24,8 @@ pub struct Limits {
 }
 
 /// Places of Maglev rings that the tables have for each pair of a service and a backend: a hundred that it takes
-/// in its service's ring at most, or half a small ring, and something for rings that are being replaced.
-const PLACES_PER_MEMBER: u32 = 64;
+/// in its service's ring, and something for sizes in between and rings that are being replaced.
+const PLACES_PER_MEMBER: u32 = 128;
 /// The largest ring four times.
 const PLACES_LEAST: u32 = 4 << 17;
 

@@ -291,6 +291,15 @@ pub struct ProbeFlow {
     pub back: Link,
 }
 
+impl std::ops::AddAssign for Traffic {
+    fn add_assign(&mut self, other: Self) {
+        self.to_backend_packets += other.to_backend_packets;
+        self.to_backend_bytes += other.to_backend_bytes;
+        self.to_clients_packets += other.to_clients_packets;
+        self.to_clients_bytes += other.to_clients_bytes;
+    }
+}
+
 /// Why a datapath cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
@@ -305,12 +314,29 @@ pub enum DatapathError {
         reason: String,
     },
     /// A table is full.
-    #[error("no room for another {what}: at most {most}")]
+    #[error(
+        "no room for another {what}: the tables take {most}. They keep the size that they were made with: take less, \
+         or raise [limits] and make them anew (stop the daemon, remove datapath.pin_path, start it)"
+    )]
     Full {
         /// What there are too many of.
         what: &'static str,
         /// The bound.
         most: u32,
+    },
+    /// The pinned tables are another version's.
+    #[error(
+        "the tables pinned below {pins} have layout {found}, and this version has layout {needed}: nothing was touched, \
+         and packets keep flowing. To change over, let another load balancer take the traffic (connections through \
+         this one will end), stop the former daemon, remove {pins} with all below it, and start again"
+    )]
+    Layout {
+        /// What the tables say.
+        found: u64,
+        /// What this daemon has.
+        needed: u64,
+        /// Where they are.
+        pins: String,
     },
     /// The kernel refused.
     #[error("{doing}: {source}")]

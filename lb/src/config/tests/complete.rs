@@ -87,11 +87,6 @@ fn sites_have_tunnels_with_or_without_a_next_hop() {
         "tunnel = '10.2.1.1'\ntunnel_source = 'fd00::1'",
         "fd00::1 is of another family than the tunnel's end",
     );
-    one(
-        "next_hop = \"10.2.2.1\"",
-        "tunnel = '10.2.2.1'",
-        "backends[1].site: site \"fra\" is reached through an IPv4 tunnel, which does not carry the backend's IPv6",
-    );
 }
 
 #[test]
@@ -168,8 +163,18 @@ fn servers_behind_dsr_hold_the_services_address() {
     let warned = |text: String| Config::parse(&text, "t.toml").unwrap().warnings.join("\n");
     let crowded = warned(DSR.replace("site = \"fra\"", "site = \"ams\""));
     assert!(crowded.contains("backends \"a\" and \"b\" are both at site \"ams\""), "{crowded}");
-    let bare = warned(DSR.replace("tunnel = \"10.2.1.1\"", "next_hop = \"10.2.1.1\""));
-    assert!(bare.contains("site \"ams\" has no tunnel"), "{bare}");
+    let bare = errors(&DSR.replace("tunnel = \"10.2.1.1\"", "next_hop = \"10.2.1.1\""));
+    assert!(
+        bare[0].contains("backends[0].site: site \"ams\" has no tunnel: mode = \"dsr\" puts"),
+        "{bare:#?}"
+    );
+    let six = DSR.replace("10.0.0.100:80", "[fd00::100]:80");
+    let said = errors(&six);
+    assert!(
+        said[0].contains("site \"ams\" has an IPv4 tunnel, which does not carry the backend's IPv6"),
+        "{said:#?}"
+    );
+    Config::parse(&six.replace("10.2.1.1", "fd00:2::1").replace("10.2.2.1", "fd00:2::2"), "t.toml").unwrap();
 }
 
 #[test]

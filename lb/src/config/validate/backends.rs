@@ -61,12 +61,19 @@ pub(super) fn backends(
         if let Some(field) = &backend.site {
             match known.get(&*field.value) {
                 None => errors.push(&field.at, &field.path, format!("there is no site {:?}", field.value)),
-                Some(Some(site)) if address.is_some_and(|address| !site.carries(address.ip())) => {
-                    let message = format!(
-                        "site {:?} is reached through an IPv4 tunnel, which does not carry the backend's IPv6",
-                        field.value
-                    );
-                    errors.push(&field.at, &field.path, message);
+                Some(Some(site)) if modes.contains(&Mode::Dsr) => {
+                    let why = match site.tunnel {
+                        None => "has no tunnel",
+                        Some(_) if address.is_none_or(|address| site.carries(address.ip())) => "",
+                        Some(_) => "has an IPv4 tunnel, which does not carry the backend's IPv6",
+                    };
+                    if !why.is_empty() {
+                        let message = format!(
+                            "site {:?} {why}: mode = \"dsr\" puts packets into the site's tunnel",
+                            field.value
+                        );
+                        errors.push(&field.at, &field.path, message);
+                    }
                 }
                 Some(_) => {}
             }

@@ -42,7 +42,7 @@ pub(super) fn validate(raw: Raw, errors: &mut Collector) -> Option<Config> {
     for backend in backends.iter().filter(|backend| !used.contains(&backend.name)) {
         warnings.push(format!("backend {:?} is in no service: no client can reach it", backend.name));
     }
-    services::warn_of_dsr(&services, &backends, &sites, &mut warnings);
+    services::warn_of_dsr(&services, &backends, &mut warnings);
     room(&raw, services.iter().map(|service| service.backends.len()).sum(), &limits, errors);
     let plan = Plan { sites, backends, services };
     Some(Config { admin: admin?, datapath, hold, flows, plan, checks, agents, warnings })

@@ -9,7 +9,7 @@ use super::super::error::Collector;
 use super::super::raw;
 use super::super::read::Field;
 use super::{bounded, choice, endpoint, unique};
-use crate::datapath::{AllDown, BackendPlan, DuringHold, Mode, Protocol, ServicePlan, SitePlan};
+use crate::datapath::{AllDown, BackendPlan, DuringHold, Mode, Protocol, ServicePlan};
 
 /// An hour: a server that takes longer to warm up needs another remedy.
 const SLOW_START_MOST_S: u64 = 3600;
@@ -158,12 +158,7 @@ fn members(
 }
 
 /// What works with dsr only where the network is made for it.
-pub(super) fn warn_of_dsr(
-    services: &[ServicePlan],
-    backends: &[BackendPlan],
-    sites: &[SitePlan],
-    warnings: &mut Vec<String>,
-) {
+pub(super) fn warn_of_dsr(services: &[ServicePlan], backends: &[BackendPlan], warnings: &mut Vec<String>) {
     let by_name: HashMap<&str, &BackendPlan> =
         backends.iter().map(|backend| (&*backend.name, backend)).collect();
     for service in services.iter().filter(|service| service.mode == Mode::Dsr) {
@@ -178,13 +173,6 @@ pub(super) fn warn_of_dsr(
                 ));
                 break;
             }
-        }
-        for site in sites.iter().filter(|site| site.tunnel.is_none() && at.contains_key(&*site.name)) {
-            warnings.push(format!(
-                "service {:?}: site {:?} has no tunnel, so its next_hop has to be the server's own machine \
-                 (mode = \"dsr\")",
-                service.name, site.name
-            ));
         }
     }
 }

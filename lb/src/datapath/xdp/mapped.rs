@@ -4,11 +4,12 @@
 use std::io;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
 use super::settings::SharedSettings;
+use aya::maps::MapData;
 use lb_core::record::{Backend, HoldCounters};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -45,8 +46,17 @@ unsafe impl<T: Shared> Send for MappedArray<T> {}
 unsafe impl<T: Shared> Sync for MappedArray<T> {}
 
 impl<T: Shared> MappedArray<T> {
+    /// Maps all of an array map that was made with `BPF_F_MMAPABLE`, whatever its size is.
+    pub(super) fn whole(map: &MapData) -> io::Result<Self> {
+        let info = map.info().map_err(io::Error::other)?;
+        if info.value_size() as usize != size_of::<T>() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Self::new(map.fd().as_fd(), info.max_entries())
+    }
+
     /// Maps an array map that was made with `BPF_F_MMAPABLE` and has `length` elements of `T`'s size.
-    pub(super) fn new(map: BorrowedFd<'_>, length: u32) -> io::Result<Self> {
+    fn new(map: BorrowedFd<'_>, length: u32) -> io::Result<Self> {
         const { assert!(size_of::<T>().is_multiple_of(8), "the kernel rounds its stride up to eight bytes") };
         let length = length as usize;
         let bytes = NonZeroUsize::new((size_of::<T>() * length).next_multiple_of(PAGE))
@@ -56,6 +66,16 @@ impl<T: Shared> MappedArray<T> {
             mmap(None, bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, map, 0)?
         };
         Ok(Self { base: base.cast(), length, bytes, elements: PhantomData })
+    }
+
+    /// How many elements there are.
+    pub(super) fn length(&self) -> u32 {
+        u32::try_from(self.length).expect("it was made with as many")
+    }
+
+    /// All elements.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        (0..self.length()).filter_map(|index| self.get(index))
     }
 
     /// The element at an index.

@@ -1,44 +1,34 @@
 //! Taking the loaded object's maps, each as the type that it is used as.
 
-use std::os::fd::AsFd;
+use std::io::{self, ErrorKind};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf};
-use lb_core::record::{LAYOUT_VERSION, NatSource, Traffic};
-use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr};
-use std::sync::atomic::AtomicU64;
+use lb_core::record::{LAYOUT_VERSION, NatSource};
 
 use super::mapped::MappedArray;
-use super::program::kernel;
+use super::program::{self, kernel};
 use super::records::to_bytes;
+use super::settings::SettingsTable;
 use super::shared::SharedTables;
 use super::sites::Locations;
-use super::tables::{Backends, Names, ServicesV4, ServicesV6, words};
-use crate::config;
+use super::tables::{Backends, Names, ServiceMaps, TrafficTable, words};
+use super::ticks::TickClock;
+use crate::config::{self, Limits};
 use crate::datapath::DatapathError;
 
-/// Backends that the tables have room for.
-pub const BACKENDS_MOST: u32 = 4096;
-/// Sites that the tables have room for.
-pub const SITES_MOST: u32 = 256;
-/// Maglev rings that the tables have room for.
-pub const RINGS_MOST: u32 = 64;
-
-/// Places of each ring.
-pub const RING_PLACES: u32 = 16_381;
-
-/// A backend's packets and bytes on one CPU.
-pub type TrafficBytes = [u8; size_of::<Traffic>()];
+/// New flows are counted in windows of this length: bursts within one are let through.
+const WINDOW: Duration = Duration::from_millis(100);
 
 /// The maps that the plan changes.
 pub struct Maps {
     pub backends: Backends,
     pub backend_names: Names,
     pub site_names: Names,
-    pub rings: MappedArray<AtomicU64>,
-    pub services_v4: ServicesV4,
-    pub services_v6: ServicesV6,
+    pub services: ServiceMaps,
 }
 
 /// The maps that are read or shared.
@@ -47,27 +37,36 @@ pub struct Parts {
     pub locations: Locations,
     pub capture: RingBuf<MapData>,
     pub reasons: PerCpuArray<MapData, u64>,
-    pub traffic: PerCpuArray<MapData, TrafficBytes>,
+    pub traffic: TrafficTable,
 }
 
-/// Takes all maps out of a loaded object and checks the layout that they were made with.
+/// Takes all maps out of a loaded object. Their layout was checked before they were loaded.
 pub fn take(ebpf: &mut Ebpf, config: &config::Datapath) -> Result<(Maps, Parts), DatapathError> {
-    check_layout(ebpf)?;
+    let mut layout: Array<MapData, u64> = take_typed(ebpf, "LAYOUT")?;
+    layout.set(0, LAYOUT_VERSION, 0).map_err(kernel("writing the layout version"))?;
     write_nat_sources(ebpf, config)?;
+    write_settings(ebpf, &config.limits)?;
     let backends = take_map(ebpf, "BACKENDS")?;
     let holds = take_map(ebpf, "HOLDS")?;
-    let shared = SharedTables::new(data(&backends), data(&holds), BACKENDS_MOST)
-        .map_err(kernel("mapping the tables into memory"))?;
-    let rings = take_map(ebpf, "RINGS")?;
-    let rings = MappedArray::new(data(&rings).fd().as_fd(), RINGS_MOST * RING_PLACES)
-        .map_err(kernel("mapping the Maglev rings into memory"))?;
+    let shared =
+        SharedTables::new(data(&backends), data(&holds)).map_err(kernel("mapping the tables into memory"))?;
+    let mapped =
+        |map: &Map| MappedArray::whole(data(map)).map_err(kernel("mapping the Maglev rings into memory"));
+    let services_v4 = take_map(ebpf, "SERVICES_V4")?;
+    let services = ServiceMaps {
+        // Half of the elements are for virtual addresses that answer echo.
+        most: data_of(&services_v4)?.info().map_err(kernel("looking at a table"))?.max_entries() / 2,
+        v4: typed("SERVICES_V4", services_v4)?,
+        v6: take_typed(ebpf, "SERVICES_V6")?,
+        rings: mapped(&take_map(ebpf, "RINGS")?)?,
+        members: mapped(&take_map(ebpf, "MEMBERS")?)?,
+        traffic: typed("TRAFFIC", Map::PerCpuArray(pinned(&config.pin_path, "TRAFFIC")?))?,
+    };
     let maps = Maps {
         backends: typed("BACKENDS", backends)?,
-        backend_names: take_typed(ebpf, "BACKEND_NAMES")?,
-        site_names: take_typed(ebpf, "SITE_NAMES")?,
-        rings,
-        services_v4: take_typed(ebpf, "SERVICES_V4")?,
-        services_v6: take_typed(ebpf, "SERVICES_V6")?,
+        backend_names: names(ebpf, &config.pin_path, "BACKEND_NAMES")?,
+        site_names: names(ebpf, &config.pin_path, "SITE_NAMES")?,
+        services,
     };
     let parts = Parts {
         shared,
@@ -79,17 +78,33 @@ pub fn take(ebpf: &mut Ebpf, config: &config::Datapath) -> Result<(Maps, Parts),
     Ok((maps, parts))
 }
 
-/// Refuses tables whose records are laid out otherwise than this daemon's.
-fn check_layout(ebpf: &mut Ebpf) -> Result<(), DatapathError> {
-    let mut layout: Array<MapData, u64> = take_typed(ebpf, "LAYOUT")?;
-    match layout.get(&0, 0).map_err(kernel("reading the layout version"))? {
-        0 => layout.set(0, LAYOUT_VERSION, 0).map_err(kernel("writing the layout version")),
-        LAYOUT_VERSION => Ok(()),
-        found => Err(kernel(format!(
-            "the pinned tables have layout {found}, this daemon needs {LAYOUT_VERSION}; drain, stop the traffic \
-             and remove the pins (config: datapath.pin_path)"
-        ))(io::Error::from(ErrorKind::Unsupported))),
-    }
+/// Another handle on a pinned map.
+fn pinned(pins: &Path, name: &str) -> Result<MapData, DatapathError> {
+    MapData::from_pin(program::map_pin(pins, name))
+        .map_err(kernel(format!("opening the pinned table {name}")))
+}
+
+fn names(ebpf: &mut Ebpf, pins: &Path, name: &str) -> Result<Names, DatapathError> {
+    let array = take_typed(ebpf, name)?;
+    Names::new(array, pinned(pins, name)?).map_err(kernel(format!("table {name}")))
+}
+
+/// Bounds of new flows. Nothing is sampled until somebody asks.
+fn write_settings(ebpf: &mut Ebpf, limits: &Limits) -> Result<(), DatapathError> {
+    let tick = TickClock::new().map_err(kernel("finding out how long the kernel's ticks are"))?.tick();
+    let ticks = (WINDOW.as_nanos() / tick.as_nanos().max(1)).clamp(1, 1000);
+    let window = tick.as_secs_f64() * ticks as f64;
+    // Not less than one, or nobody would ever be let in.
+    let in_window = |per_second: u32| (f64::from(per_second) * window).ceil().max(1.0) as u32;
+    let settings = take_map(ebpf, "SETTINGS")?;
+    let settings = SettingsTable::new(data(&settings)).map_err(kernel("mapping the settings into memory"))?;
+    settings.set_sample(0);
+    settings.set_bounds(
+        u32::try_from(ticks).expect("clamped"),
+        in_window(limits.new_flows_per_second_per_cpu),
+        in_window(limits.new_flows_per_second_per_prefix),
+    );
+    Ok(())
 }
 
 fn write_nat_sources(ebpf: &mut Ebpf, config: &config::Datapath) -> Result<(), DatapathError> {
@@ -130,5 +145,12 @@ fn data(map: &Map) -> &MapData {
     match map {
         Map::Array(data) => data,
         _ => unreachable!("mapped tables are declared as arrays"),
+    }
+}
+
+fn data_of(map: &Map) -> Result<&MapData, DatapathError> {
+    match map {
+        Map::HashMap(data) => Ok(data),
+        _ => Err(kernel("looking at a table")(io::Error::from(ErrorKind::InvalidData))),
     }
 }

@@ -11,6 +11,7 @@ mod bpf;
 mod drains;
 pub mod expiry;
 pub mod flows;
+mod hook;
 mod locator;
 mod log;
 mod mapped;
@@ -29,21 +30,22 @@ mod sites;
 mod tables;
 pub mod ticks;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use aya::maps::{MapData, PerCpuArray};
-use lb_core::record;
+use lb_core::record::{self, Location};
 use lb_core::{Direction, GateWord, Reason};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::drains::Drains;
-use self::maps::{Parts, TrafficBytes};
+use self::maps::Parts;
 use self::observe::Observer;
 use self::probes::ProbeFlows;
 use self::pump::Pump;
 use self::shared::SharedTables;
 use self::sites::Sites;
-use self::tables::Tables;
+use self::tables::{Tables, TrafficTable};
 use super::observe::Member;
 use super::{
     BackendNumber, BackendState, Datapath, DatapathError, Event, HoldLimits, HoldStats, Hook, Plan,
@@ -53,6 +55,7 @@ use crate::config;
 
 /// Packets are forwarded in the kernel by an XDP program on every interface.
 pub struct XdpDatapath {
+    hook: hook::Chosen,
     hooks: Vec<Hook>,
     shared: Arc<SharedTables>,
     tables: Mutex<Tables>,
@@ -60,7 +63,7 @@ pub struct XdpDatapath {
     drains: Drains,
     pump: Pump,
     reasons: PerCpuArray<MapData, u64>,
-    traffic: PerCpuArray<MapData, TrafficBytes>,
+    traffic: TrafficTable,
     observer: Observer,
     probes: ProbeFlows,
     /// Keeps the loaded program's descriptor open; its pinned links keep it running without us.
@@ -68,10 +71,11 @@ pub struct XdpDatapath {
 }
 
 impl XdpDatapath {
-    /// Loads the program over the pinned tables (or makes them) and attaches it to the interfaces, in the
+    /// Loads the programs over the pinned tables (or makes them) and attaches one to the interfaces, in the
     /// calling thread's network namespace. What it finds out by itself is sent to `events`.
     pub fn open(config: &config::Datapath, events: UnboundedSender<Event>) -> Result<Self, DatapathError> {
-        let mut ebpf = program::load(&config.pin_path)?;
+        let mut ebpf = program::prepare(&config.pin_path, &config.limits)?;
+        let hook = hook::load(&mut ebpf, config)?;
         log::forward(&mut ebpf)?;
         let (maps, Parts { shared, locations, capture, reasons, traffic }) = maps::take(&mut ebpf, config)?;
         let shared = Arc::new(shared);
@@ -81,13 +85,16 @@ impl XdpDatapath {
         let pump = Pump::start(capture, shared.clone(), events)
             .map_err(program::kernel("starting the hold's thread"))?;
         let observer = Observer::start(&config.pin_path)?;
-        let hooks = program::attach(&mut ebpf, &config.interfaces, &config.pin_path)?;
         let drains = Drains::new(&config.pin_path);
         let probes = ProbeFlows::open(config)?;
+        let hooks = hook::attach(&mut ebpf, hook, config)?;
+        let tables = Mutex::new(tables);
+        let ebpf = Mutex::new(ebpf);
         Ok(Self {
+            hook,
             hooks,
             shared,
-            tables: Mutex::new(tables),
+            tables,
             sites,
             drains,
             pump,
@@ -95,8 +102,22 @@ impl XdpDatapath {
             traffic,
             observer,
             probes,
-            ebpf: Mutex::new(ebpf),
+            ebpf,
         })
+    }
+
+    /// The locations of a plan's sites that nobody looks after yet, or the first site that cannot be reached.
+    fn probe(&self, plan: &Plan) -> Result<HashMap<String, Location>, DatapathError> {
+        // Not under the lock: this waits for the network.
+        let unknown = self.tables().unknown_sites(plan);
+        let mut locations = HashMap::new();
+        for (site, locator) in unknown {
+            match self.sites.probe(locator) {
+                Ok(location) => drop(locations.insert(site, location)),
+                Err(error) => return Err(DatapathError::Unreachable { site, reason: error.to_string() }),
+            }
+        }
+        Ok(locations)
     }
 
     /// Packets and bytes of a member, its new flows, and its resets.
@@ -134,7 +155,8 @@ impl Datapath for XdpDatapath {
     }
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
-        self.tables().install(plan, &self.sites)?;
+        let locations = self.probe(plan)?;
+        self.tables().install(plan, &locations, &self.sites)?;
         self.drains.keep(plan.backends.iter().map(|backend| &*backend.name))
     }
 
@@ -163,15 +185,14 @@ impl Datapath for XdpDatapath {
     }
 
     fn stage(&self, backend: BackendNumber, site: SiteNumber) -> Result<(), DatapathError> {
-        let (name, next_hop) = {
+        let (name, locator) = {
             let tables = self.tables();
-            (tables.site_name(site), tables.next_hop(site))
+            (tables.site_name(site), tables.locator(site, backend))
         };
         let unreachable = |reason: String| DatapathError::Unreachable { site: name.clone(), reason };
-        let next_hop =
-            next_hop.ok_or_else(|| unreachable("it is not in the configuration any more".to_owned()))?;
-        let link = self.sites.probe(next_hop).map_err(|error| unreachable(error.to_string()))?;
-        self.sites.keep(site, next_hop, link);
+        let locator = locator.map_err(unreachable)?;
+        let location = self.sites.probe(locator).map_err(|error| unreachable(error.to_string()))?;
+        self.sites.keep(site, locator, location);
         self.shared.stage(backend, self.shared.state(backend).spare(), site);
         Ok(())
     }
@@ -190,12 +211,15 @@ impl Datapath for XdpDatapath {
     }
 
     fn traffic(&self, backend: BackendNumber) -> Traffic {
-        self.counters(backend.0).0
+        let members = self.tables().members_of(backend);
+        let mut sum = Traffic::default();
+        members.into_iter().for_each(|member| sum += self.counters(member).0);
+        sum
     }
 
     fn carry_probes(&self, interface: &str) -> Result<(), DatapathError> {
         let mut ebpf = self.ebpf.lock().expect("nothing panics while it attaches");
-        program::attach_while_alive(&mut ebpf, interface, &self.hooks)
+        hook::attach_while_alive(&mut ebpf, self.hook, interface, &self.hooks)
     }
 
     fn open_probe(&self, probe: &ProbeFlow) -> Result<(), DatapathError> {

@@ -1,95 +1,127 @@
-//! Loading, pinning and attaching the XDP program. Pins outlive the daemon: packets keep flowing without it.
+//! Loading the programs over the pinned tables. Pins outlive the daemon: packets keep flowing without it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{Xdp, XdpMode};
+use aya::maps::{Array, Map, MapData, MapInfo};
+use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use lb_core::record::LAYOUT_VERSION;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::log;
-use crate::datapath::{DatapathError, Hook};
+use crate::config::Limits;
+use crate::datapath::DatapathError;
 
-/// The program and the definitions of its tables, for those who load it otherwise (benchmarks).
+/// The programs and the definitions of their tables, for those who load them otherwise (benchmarks).
 pub static OBJECT: &[u8] = include_bytes_aligned!(env!("DROVER_EBPF_OBJECT"));
 
-const PROGRAM: &str = "drover";
-const NATIVE: &str = "xdp native";
-const GENERIC: &str = "xdp generic";
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// Loads the program over the maps pinned below `pins`, making those that are missing.
+/// Loads the XDP program over the maps pinned below `pins`, making those that are missing in their usual sizes.
 pub fn load(pins: &Path) -> Result<Ebpf, DatapathError> {
-    mount_bpffs(pins)?;
-    fs::create_dir_all(maps_folder(pins)).map_err(kernel(format!("making {}", pins.display())))?;
-    let log_level = log::level();
-    let mut loader = EbpfLoader::new();
-    loader.default_map_pin_directory(maps_folder(pins)).override_global(log::LEVEL, &log_level, true);
-    let mut ebpf = loader.load(OBJECT).map_err(kernel(format!(
-        "loading the XDP program over the tables pinned at {0} (if they are another version's, \
-             stop the traffic and remove {0})",
-        pins.display()
-    )))?;
+    let mut ebpf = prepare(pins, &Limits::default())?;
     program(&mut ebpf)?.load().map_err(kernel("loading the XDP program into the kernel"))?;
     Ok(ebpf)
 }
 
-/// The loaded program.
+/// Opens the maps pinned below `pins`, making those that are missing as large as `limits` say. The programs are not
+/// in the kernel yet; they get there only while all of the maps are still open.
+pub fn prepare(pins: &Path, limits: &Limits) -> Result<Ebpf, DatapathError> {
+    mount_bpffs(pins)?;
+    check_layout(pins)?;
+    let folder = maps_folder(pins);
+    fs::create_dir_all(&folder).map_err(kernel(format!("making {}", pins.display())))?;
+    let mut loader = EbpfLoader::new();
+    let log_level = log::level();
+    loader.default_map_pin_directory(&folder).override_global(log::LEVEL, &log_level, true);
+    for (name, size) in sizes(limits) {
+        loader.map_max_entries(name, size_to_use(pins, name, size));
+    }
+    let loading = format!("loading the programs over the tables pinned at {}", pins.display());
+    loader.load(OBJECT).map_err(kernel(loading))
+}
+
+/// The XDP program.
 pub fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, DatapathError> {
-    ebpf.program_mut(PROGRAM)
-        .ok_or_else(|| {
-            kernel("looking for the XDP program in its object")(io::Error::from(ErrorKind::NotFound))
-        })
-        .and_then(|program| program.try_into().map_err(kernel("looking at the XDP program")))
+    named(ebpf, "drover")
 }
 
-/// Attaches the program to each interface: over the pinned link of a former daemon without missing a packet,
-/// else natively, else in the kernel's generic hook.
-pub fn attach(ebpf: &mut Ebpf, interfaces: &[String], pins: &Path) -> Result<Vec<Hook>, DatapathError> {
-    let program = program(ebpf)?;
-    interfaces.iter().map(|interface| attach_one(program, interface, pins)).collect()
+/// The program for traffic control; not loaded into the kernel before it is needed.
+pub fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
+    named(ebpf, "drover_tc")
 }
 
-fn attach_one(program: &mut Xdp, interface: &str, pins: &Path) -> Result<Hook, DatapathError> {
-    for (mode, label) in [(XdpMode::Driver, NATIVE), (XdpMode::Skb, GENERIC)] {
-        let pin = link_pin(pins, interface, mode);
-        if let Ok(link) = PinnedLink::from_pin(&pin) {
-            let taken_over = program
-                .attach_to_link(FdLink::from(link).try_into().map_err(kernel("reading the pinned link"))?)
-                .and_then(|id| program.take_link(id));
-            match taken_over {
-                // The pin keeps the link; this process's handle on it may go.
-                Ok(_) => return Ok(Hook { interface: interface.into(), mode: label.into() }),
-                // The interface that it belonged to is gone.
-                Err(error) => {
-                    tracing::info!(interface, %error, "a former daemon's link is void; attaching anew");
-                    fs::remove_file(&pin).map_err(kernel(format!("removing {}", pin.display())))?;
-                }
-            }
+fn named<'e, P>(ebpf: &'e mut Ebpf, name: &str) -> Result<&'e mut P, DatapathError>
+where
+    &'e mut P: TryFrom<&'e mut Program, Error = ProgramError>,
+{
+    let missing =
+        || kernel(format!("looking for {name} in its object"))(io::Error::from(ErrorKind::NotFound));
+    let program = ebpf.program_mut(name).ok_or_else(missing)?;
+    program.try_into().map_err(kernel(format!("looking at the program {name}")))
+}
+
+/// Elements of the tables whose size is configured.
+fn sizes(limits: &Limits) -> [(&'static str, u32); 15] {
+    // Both directions of a flow have an entry.
+    let (flows, newcomers) = (limits.flows.saturating_mul(2), limits.newcomers.saturating_mul(2));
+    // A virtual address that answers echo has one.
+    let services = limits.services.saturating_mul(2);
+    [
+        ("FLOWS_V4", flows),
+        ("FLOWS_V6", flows),
+        ("NEWCOMERS_V4", newcomers),
+        ("NEWCOMERS_V6", newcomers),
+        ("SERVICES_V4", services),
+        ("SERVICES_V6", services),
+        ("BACKENDS", limits.backends),
+        ("BACKEND_NAMES", limits.backends),
+        ("HOLDS", limits.backends),
+        ("MEMBERS", limits.members),
+        ("TRAFFIC", limits.members),
+        ("RINGS", limits.places()),
+        ("LOCATIONS", limits.sites),
+        ("SITE_NAMES", limits.sites),
+        ("LAYOUT", 1),
+    ]
+}
+
+/// A table that is pinned keeps its size, whatever is configured: flows are in it.
+fn size_to_use(pins: &Path, name: &str, configured: u32) -> u32 {
+    let Ok(info) = MapInfo::from_pin(map_pin(pins, name)) else { return configured };
+    let pinned = info.max_entries();
+    if pinned != configured {
+        tracing::warn!(
+            table = name,
+            pinned,
+            configured,
+            "the pinned table keeps its size; to change it, stop the daemon, remove datapath.pin_path and start it \
+             (connections end with it)"
+        );
+    }
+    pinned
+}
+
+/// Refuses tables whose records are laid out otherwise than this daemon's, before anything is touched.
+fn check_layout(pins: &Path) -> Result<(), DatapathError> {
+    let pin = map_pin(pins, "LAYOUT");
+    if !pin.exists() {
+        return Ok(());
+    }
+    let reading = || kernel(format!("reading the layout version at {}", pin.display()));
+    let map = MapData::from_pin(&pin).map_err(kernel(format!("opening {}", pin.display())))?;
+    let layout: Array<MapData, u64> = Map::Array(map).try_into().map_err(reading())?;
+    match layout.get(&0, 0).map_err(reading())? {
+        // Made, and then the daemon that made it ended before it could write.
+        0 | LAYOUT_VERSION => Ok(()),
+        found => {
+            let pins = pins.display().to_string();
+            Err(DatapathError::Layout { found, needed: LAYOUT_VERSION, pins })
         }
     }
-    match attach_new(program, interface, XdpMode::Driver, pins) {
-        Ok(()) => Ok(Hook { interface: interface.into(), mode: NATIVE.into() }),
-        Err(native) => {
-            tracing::info!(interface, %native, "no native XDP here; attaching to the generic hook");
-            attach_new(program, interface, XdpMode::Skb, pins)?;
-            Ok(Hook { interface: interface.into(), mode: GENERIC.into() })
-        }
-    }
-}
-
-fn attach_new(program: &mut Xdp, interface: &str, mode: XdpMode, pins: &Path) -> Result<(), DatapathError> {
-    let attaching = || format!("attaching XDP to interface {interface:?} (config: datapath.interfaces)");
-    let link =
-        program.attach(interface, mode).and_then(|id| program.take_link(id)).map_err(kernel(attaching()))?;
-    FdLink::try_from(link)
-        .map_err(kernel(attaching()))?
-        .pin(link_pin(pins, interface, mode))
-        .map_err(kernel(format!("pinning the XDP link of {interface:?}")))?;
-    Ok(())
 }
 
 /// Where the table of a name is pinned.
@@ -97,26 +129,8 @@ pub fn map_pin(pins: &Path, name: &str) -> PathBuf {
     maps_folder(pins).join(name)
 }
 
-/// Attaches the program to an interface that goes with this process, in the way of the others: what it redirects
-/// has to be what they take.
-pub fn attach_while_alive(ebpf: &mut Ebpf, interface: &str, hooks: &[Hook]) -> Result<(), DatapathError> {
-    let generic = hooks.iter().any(|hook| hook.mode == GENERIC);
-    let mode = if generic { XdpMode::Skb } else { XdpMode::Driver };
-    // Not pinned, and not taken out of the program: the link ends with it.
-    program(ebpf)?
-        .attach(interface, mode)
-        .map(drop)
-        .map_err(kernel(format!("attaching XDP to {interface:?}")))
-}
-
 fn maps_folder(pins: &Path) -> PathBuf {
     pins.join("maps")
-}
-
-fn link_pin(pins: &Path, interface: &str, mode: XdpMode) -> PathBuf {
-    let mode = if matches!(mode, XdpMode::Driver) { "native" } else { "generic" };
-    // bpffs takes no dots in names.
-    pins.join(format!("link-{}-{mode}", interface.replace('.', "_")))
 }
 
 /// Mounts bpffs at its usual place where the pins would not be on one.

@@ -17,6 +17,8 @@ pub unsafe trait Record: Sized {}
 unsafe impl Record for u32 {}
 // SAFETY: a number.
 unsafe impl Record for u64 {}
+// SAFETY: bytes.
+unsafe impl<const N: usize> Record for [u8; N] {}
 // SAFETY: `repr(C)`, fields of integers and arrays of them, sizes asserted in lb-core to leave no padding.
 unsafe impl<const W: usize> Record for FlowKey<W> {}
 // SAFETY: as above.

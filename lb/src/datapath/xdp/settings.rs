@@ -1,7 +1,6 @@
 //! Bounds and switches that the kernel program reads with every packet that they concern.
 
 use std::io;
-use std::os::fd::AsFd as _;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -35,7 +34,7 @@ pub struct SettingsTable(MappedArray<SharedSettings>);
 impl SettingsTable {
     /// Maps the settings' map.
     pub fn new(map: &MapData) -> io::Result<Self> {
-        MappedArray::new(map.fd().as_fd(), 1).map(Self)
+        MappedArray::whole(map).map(Self)
     }
 
     fn record(&self) -> &SharedSettings {

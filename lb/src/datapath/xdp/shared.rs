@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use std::sync::{Mutex, RwLock};
 use std::time::Instant;
 
 use aya::maps::MapData;
-use lb_core::record::{Backend, HoldCounters, Location};
+use lb_core::record::{Backend, HoldCounters, Location, Sites};
 use lb_core::{GateWord, Slot};
-use std::os::fd::AsFd;
 
 use super::mapped::MappedArray;
 use crate::datapath::{BackendNumber, BackendState, SiteNumber};
@@ -25,11 +25,11 @@ pub struct SharedTables {
 }
 
 impl SharedTables {
-    /// Maps the backends' and the hold counters' map, `most` elements each.
-    pub fn new(backends: &MapData, holds: &MapData, most: u32) -> io::Result<Self> {
+    /// Maps the backends' and the hold counters' map.
+    pub fn new(backends: &MapData, holds: &MapData) -> io::Result<Self> {
         Ok(Self {
-            backends: MappedArray::new(backends.fd().as_fd(), most)?,
-            holds: MappedArray::new(holds.fd().as_fd(), most)?,
+            backends: MappedArray::whole(backends)?,
+            holds: MappedArray::whole(holds)?,
             locations: RwLock::default(),
             stored: Mutex::default(),
         })
@@ -41,6 +41,17 @@ impl SharedTables {
 
     fn hold(&self, backend: BackendNumber) -> &HoldCounters {
         self.holds.get(backend.0).expect("backend numbers are given out below the table's size")
+    }
+
+    /// A copy of the backend's record, for whoever writes records.
+    pub fn record(&self, backend: BackendNumber) -> Backend {
+        let Backend { word, sites, address, port, reserved, incarnation } = self.backend(backend);
+        let both = [Slot::A, Slot::B].map(|slot| sites.at(slot));
+        let sites = Sites::default();
+        sites.store(both);
+        let word = AtomicU64::new(word.load(Acquire));
+        let (address, port, reserved, incarnation) = (*address, *port, *reserved, *incarnation);
+        Backend { word, sites, address, port, reserved, incarnation }
     }
 
     /// The backend's gate word.

@@ -1,17 +1,16 @@
-//! Keeps the sites' links true: resolves locators when asked and looks at all of them again every second,
+//! Keeps the sites' locations true: resolves locators when asked and looks at all of them again every second,
 //! since neighbours change their hardware address and routes move.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use aya::maps::{Array, MapData};
-use lb_core::record::{Link, Location};
+use lb_core::record::Location;
 use tokio::sync::mpsc as tokio_mpsc;
 
-use super::locator::{LocatorError, resolve};
+use super::locator::{Locator, LocatorError, resolve};
 use super::records::to_bytes;
 use super::shared::SharedTables;
 use crate::datapath::SiteNumber;
@@ -27,10 +26,12 @@ pub struct Sites {
 }
 
 enum Request {
-    /// Find out how to reach a next hop; nothing is written.
-    Probe { next_hop: IpAddr, answer: mpsc::Sender<Result<Link, LocatorError>> },
-    /// Write the link of a site and keep it true from now on.
-    Keep { site: SiteNumber, next_hop: IpAddr, link: Link, done: mpsc::Sender<()> },
+    /// Find out how to reach a site; nothing is written.
+    Probe { locator: Locator, answer: mpsc::Sender<Result<Location, LocatorError>> },
+    /// Write the location of a site and keep it true from now on.
+    Keep { site: SiteNumber, locator: Locator, location: Location, done: mpsc::Sender<()> },
+    /// Look after these sites only.
+    Retain { sites: HashSet<SiteNumber> },
 }
 
 impl Sites {
@@ -43,18 +44,23 @@ impl Sites {
         Ok(Self { requests })
     }
 
-    /// Finds the link to a next hop. Waits for the network, two seconds at most.
-    pub fn probe(&self, next_hop: IpAddr) -> Result<Link, LocatorError> {
+    /// Finds the way to a site. Waits for the network, two seconds at most.
+    pub fn probe(&self, locator: Locator) -> Result<Location, LocatorError> {
         let (answer, inbox) = mpsc::channel();
-        self.ask(Request::Probe { next_hop, answer });
-        inbox.recv().unwrap_or(Err(LocatorError::NoRoute(next_hop)))
+        self.ask(Request::Probe { locator, answer });
+        inbox.recv().unwrap_or(Err(LocatorError::NoRoute(locator.next_hop)))
     }
 
-    /// Writes a site's link into the tables; it is kept true from then on.
-    pub fn keep(&self, site: SiteNumber, next_hop: IpAddr, link: Link) {
+    /// Writes a site's location into the tables; it is kept true from then on.
+    pub fn keep(&self, site: SiteNumber, locator: Locator, location: Location) {
         let (done, inbox) = mpsc::channel();
-        self.ask(Request::Keep { site, next_hop, link, done });
+        self.ask(Request::Keep { site, locator, location, done });
         let _ = inbox.recv();
+    }
+
+    /// Looks after no others from now on; what is known of the others stays in the tables.
+    pub fn retain(&self, sites: HashSet<SiteNumber>) {
+        self.ask(Request::Retain { sites });
     }
 
     fn ask(&self, request: Request) {
@@ -66,7 +72,7 @@ impl Sites {
 struct Keeper {
     locations: Locations,
     tables: Arc<SharedTables>,
-    kept: HashMap<SiteNumber, (IpAddr, Link)>,
+    kept: HashMap<SiteNumber, (Locator, Location)>,
 }
 
 impl Keeper {
@@ -85,14 +91,15 @@ impl Keeper {
         loop {
             tokio::select! {
                 request = inbox.recv() => match request {
-                    Some(Request::Probe { next_hop, answer }) => {
-                        let _ = answer.send(resolve(&handle, next_hop).await);
+                    Some(Request::Probe { locator, answer }) => {
+                        let _ = answer.send(resolve(&handle, locator).await);
                     }
-                    Some(Request::Keep { site, next_hop, link, done }) => {
-                        self.kept.insert(site, (next_hop, link));
-                        self.write(site, link);
+                    Some(Request::Keep { site, locator, location, done }) => {
+                        self.kept.insert(site, (locator, location));
+                        self.write(site, location);
                         let _ = done.send(());
                     }
+                    Some(Request::Retain { sites }) => self.kept.retain(|site, _| sites.contains(site)),
                     None => return,
                 },
                 _ = refresh.tick() => self.refresh(&handle).await,
@@ -101,11 +108,11 @@ impl Keeper {
     }
 
     async fn refresh(&mut self, handle: &rtnetlink::Handle) {
-        for (site, (next_hop, link)) in self.kept.clone() {
-            match resolve(handle, next_hop).await {
-                Ok(now) if now != link => {
-                    tracing::info!(site = site.0, %next_hop, "the way to the site has changed");
-                    self.kept.insert(site, (next_hop, now));
+        for (site, (locator, location)) in self.kept.clone() {
+            match resolve(handle, locator).await {
+                Ok(now) if now != location => {
+                    tracing::info!(site = site.0, next_hop = %locator.next_hop, "the way to the site has changed");
+                    self.kept.insert(site, (locator, now));
                     self.write(site, now);
                 }
                 Ok(_) => {}
@@ -115,8 +122,7 @@ impl Keeper {
         }
     }
 
-    fn write(&mut self, site: SiteNumber, link: Link) {
-        let location = Location::plain(link, 0);
+    fn write(&mut self, site: SiteNumber, location: Location) {
         if let Err(error) = self.locations.set(site.0, to_bytes(&location), 0) {
             tracing::error!(site = site.0, %error, "cannot write the site's location");
         }
