@@ -14,7 +14,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::decide::{ACK, Arrival, SYN, TCP, Transport, Verdict, follow};
+use crate::decide::{ACK, Arrival, RST, SYN, TCP, Transport, Verdict, follow};
 use crate::family::Family;
 use crate::flow::{Common, Direction, Flow, FlowKey, Mode, State};
 use crate::gate::{Gate, GateWord};
@@ -73,7 +73,8 @@ pub(crate) fn search<'t, const W: usize, P: Packet, T: Tables<W>>(
     follow(packet, tables, flow, transport, arrival)
 }
 
-/// Whether the connection was seen to end: reset, or finished in both directions.
+/// Whether the connection was seen to end: reset by the server, or finished in both directions. A reset in the
+/// client's name may be anybody's; if the server believed it, it takes the SYN that follows as the next connection.
 #[inline(always)]
 fn is_over<const W: usize, T: Tables<W>>(tables: &T, flow: &Flow<W>, protocol: u32) -> bool {
     let ours = flow.state();
@@ -87,9 +88,7 @@ fn is_over<const W: usize, T: Tables<W>>(tables: &T, flow: &Flow<W>, protocol: u
         Some(answers) => answers.state(),
         None => return true,
     };
-    ours.has(State::RESET)
-        || theirs.has(State::RESET)
-        || ours.has(State::FINISHED) && theirs.has(State::FINISHED)
+    theirs.has(State::RESET) || ours.has(State::FINISHED) && theirs.has(State::FINISHED)
 }
 
 /// Notes what a newcomer's packet shows; whether the flow is confirmed by it.
@@ -109,7 +108,9 @@ fn note_newcomer<const W: usize, P: Packet, T: Tables<W>>(
         (sequence, acknowledgement) = (u32::from_be(read32(header, 4)), u32::from_be(read32(header, 8)));
     }
     if flow.kind.direction() == Direction::ToClient {
-        if !flow.state().has(State::ANSWERED) {
+        // A reset tells nothing that only the server knows: its number is zero or what the client's segment
+        // acknowledged (RFC 9293, section 3.10.7.1).
+        if !flow.state().has(State::ANSWERED) && transport.flags & RST == 0 {
             let expected = sequence.wrapping_add((transport.flags & SYN != 0) as u32);
             flow.note(State::answered(expected));
         }
