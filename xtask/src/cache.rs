@@ -5,7 +5,7 @@
 //!   ebpf-toolchain     how to build for the kernel, KEY=VALUE; read by lb's build script
 //!   criu.cmd           how to start CRIU, one argument a line; read by the site agent
 //!   criu-VERSION/      an unpacked CRIU with its libraries
-//!   tools/bin/         programs built from crates: bpf-linker, cargo-deny, cargo-nextest
+//!   tools/bin/         programs built from crates: bpf-linker, cargo-deny, cargo-fuzz, cargo-nextest
 //! ```
 
 use std::fs::{self, File};

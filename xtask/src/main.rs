@@ -1,4 +1,4 @@
-//! The one door: `cargo xtask setup | demo | test | bench`.
+//! The one door: `cargo xtask setup | demo | test | fuzz | bench`.
 //!
 //! `setup` knows what the work needs and where it comes from; the others call it when something is missing. What demo and
 //! bench do is in the package `bench`; here they are only built and started.
@@ -6,6 +6,7 @@
 mod bench;
 mod cache;
 mod demo;
+mod fuzz;
 mod setup;
 mod shell;
 mod test;
@@ -48,6 +49,13 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Looks for packets and texts that do harm, for a bounded time
+    Fuzz {
+        /// What to fuzz
+        target: fuzz::Target,
+        #[command(flatten)]
+        limits: fuzz::Limits,
+    },
     /// Measures
     #[command(disable_help_flag = true)]
     Bench {
@@ -67,6 +75,7 @@ fn main() -> ExitCode {
         }
         Task::Demo { flags } => demo::run(&flags),
         Task::Test { quick } => test::run(quick),
+        Task::Fuzz { target, limits } => fuzz::run(target, &limits),
         Task::Bench { what, flags } => bench::run(what, &flags),
     };
     match done {

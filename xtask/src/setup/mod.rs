@@ -25,6 +25,8 @@ pub enum Scope {
     Demo,
     /// Build, labs, and what Drover is measured beside; nothing migrates.
     Bench,
+    /// Build, and what the fuzzer needs.
+    Fuzz,
 }
 
 /// Which lines are printed.
@@ -67,7 +69,9 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
     };
 
     report("eBPF toolchain", ebpf::provide());
-    if scope != Scope::Checks {
+    if scope == Scope::Fuzz {
+        tools::provide_fuzzer(&mut report);
+    } else if scope != Scope::Checks {
         report("BPF file system", kernel::provide_bpffs());
         programs::provide(&mut report);
     }

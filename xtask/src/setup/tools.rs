@@ -32,6 +32,18 @@ pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
     );
 }
 
+/// Reports the fuzzer's driver, which is built where it is missing.
+pub(super) fn provide_fuzzer(report: &mut impl FnMut(&str, State)) {
+    let state = match shell::which("cargo-fuzz") {
+        Some(path) => State::Found(path.display().to_string()),
+        None => match install("cargo-fuzz", "0.13.2", &[], &[]) {
+            Ok(()) => State::Installed("builds and runs fuzz targets".to_owned()),
+            Err(error) => missing(&error),
+        },
+    };
+    report("cargo-fuzz", state);
+}
+
 /// Builds a crate's programs into the cache's tools.
 pub(super) fn install(name: &str, version: &str, flags: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     announce(&format!("building {name} {version} (one to three minutes)"));
