@@ -14,7 +14,7 @@ use lb_core::packet::LINK_HEADER;
 use lb_core::record::{
     Backend, HoldCounters, Link, Location, NatSource, Place, Service, ServiceKey, ServiceOptions,
 };
-use lb_core::{Action, Arrival, Family, Gate, GateWord, Mode, Packet, Reason, Slot, V4, V6, process};
+use lb_core::{Action, Arrival, Family, Gate, GateWord, Mode, Reason, Slot, V4, V6, process};
 use libfuzzer_sys::fuzz_target;
 use std::sync::atomic::Ordering::Relaxed;
 

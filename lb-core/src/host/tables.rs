@@ -1,6 +1,6 @@
 //! The data path's tables in ordinary memory.
 
-use core::cell::{Cell, RefCell};
+use core::cell::{Cell, OnceCell, RefCell};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::boxed::Box;
 use std::collections::BTreeMap;
@@ -39,7 +39,8 @@ pub struct HostTables<const W: usize> {
     /// Bounds and switches.
     pub settings: Settings,
     cpu_budget: AtomicU64,
-    prefix_budgets: Vec<AtomicU64>,
+    /// Made when the first one is asked for: most tables bound nothing, and fuzzers make many.
+    prefix_budgets: OnceCell<Vec<AtomicU64>>,
     reasons: [Cell<u64>; Reason::ALL.len()],
     traffic: RefCell<BTreeMap<u32, Traffic>>,
 }
@@ -58,7 +59,7 @@ impl<const W: usize> Default for HostTables<W> {
             nat_source: None,
             settings: Settings::default(),
             cpu_budget: AtomicU64::default(),
-            prefix_budgets: (0..PREFIX_BUDGETS).map(|_| AtomicU64::default()).collect(),
+            prefix_budgets: OnceCell::new(),
             reasons: [const { Cell::new(0) }; Reason::ALL.len()],
             traffic: RefCell::default(),
         }
@@ -181,7 +182,8 @@ impl<const W: usize> Tables<W> for HostTables<W> {
     }
 
     fn prefix_budget(&self, index: u32) -> Option<&AtomicU64> {
-        self.prefix_budgets.get(index as usize)
+        let all = || (0..PREFIX_BUDGETS).map(|_| AtomicU64::default()).collect();
+        self.prefix_budgets.get_or_init(all).get(index as usize)
     }
 
     fn count(&self, reason: Reason) {
