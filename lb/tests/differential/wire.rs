@@ -48,7 +48,7 @@ impl Ip {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 let options = if let Extra::Options { words, .. } = self.extra { words } else { 0 };
                 let fragment = match self.extra {
-                    Extra::Fragment { offset, more } => offset / 8 | u16::from(more) << 13,
+                    Extra::Fragment { offset, more } => (offset / 8) | (u16::from(more) << 13),
                     _ => u16::from(!self.may_fragment) << 14,
                 };
                 let length = 20 + 4 * u16::from(options) + payload.len() as u16;
