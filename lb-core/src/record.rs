@@ -260,6 +260,9 @@ pub struct Settings {
     pub sample: u32,
 }
 
+/// Interfaces whose packets may be handed over to the other end at once: a bit each.
+pub const PEERED_INTERFACES: u32 = 65_536;
+
 /// Budgets of source prefixes: a power of two. Prefixes share one by hash, so that a flood cannot fill a table.
 pub const PREFIX_BUDGETS: u32 = 65_536;
 

@@ -6,7 +6,8 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use lb_core::record::{
-    Backend, HoldCounters, Location, NatSource, PREFIX_BUDGETS, Place, Service, ServiceKey, Settings, Traffic,
+    Backend, HoldCounters, Location, NatSource, PEERED_INTERFACES, PREFIX_BUDGETS, Place, Service,
+    ServiceKey, Settings, Traffic,
 };
 use lb_core::{Direction, Flow, FlowKey, FragmentKey, Reason, Tables};
 
@@ -47,6 +48,10 @@ static RINGS: Array<u64> = Array::pinned(PLACES, MMAPABLE);
 /// Bounds and switches: one record.
 #[map]
 static SETTINGS: Array<Settings> = Array::pinned(1, MMAPABLE);
+
+/// Interfaces that are one end of a virtual pair whose other end is in another namespace: a bit each.
+#[map]
+static PEERED: Array<u64> = Array::pinned(PEERED_INTERFACES / u64::BITS, MMAPABLE);
 
 /// Window and count of new flows, on each CPU.
 #[map]
@@ -100,6 +105,12 @@ pub fn count(reason: Reason) {
         // SAFETY: this CPU's own element, and the program is not preempted by itself.
         unsafe { *counter += 1 };
     }
+}
+
+/// Whether packets out of an interface may be handed to its other end at once.
+#[inline(always)]
+pub fn is_peered(interface: u32) -> bool {
+    PEERED.get(interface / u64::BITS).is_some_and(|bits| bits >> (interface % u64::BITS) & 1 != 0)
 }
 
 /// Counts a sample that the ring had no room for.

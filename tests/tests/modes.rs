@@ -222,31 +222,26 @@ fn nat_of_ipv6() {
 }
 
 #[test]
-#[ignore = "the daemon does not write modes and tunnels into its tables yet"]
 fn transparent_with_ipv4() {
     moves_there_and_back(Mode::Transparent, false, None);
 }
 
 #[test]
-#[ignore = "the daemon does not write modes and tunnels into its tables yet"]
 fn transparent_with_ipv6() {
     moves_there_and_back(Mode::Transparent, true, None);
 }
 
 #[test]
-#[ignore = "the daemon does not write modes and tunnels into its tables yet"]
 fn dsr_with_ipv4_in_ipv4() {
     moves_there_and_back(Mode::Dsr, false, Some(Tunnels::V4));
 }
 
 #[test]
-#[ignore = "the daemon does not write modes and tunnels into its tables yet"]
 fn dsr_with_ipv6_in_ipv6() {
     moves_there_and_back(Mode::Dsr, true, Some(Tunnels::V6));
 }
 
 #[test]
-#[ignore = "the daemon does not write modes and tunnels into its tables yet"]
 fn dsr_with_ipv4_in_ipv6() {
     moves_there_and_back(Mode::Dsr, false, Some(Tunnels::V6));
 }

@@ -10,6 +10,7 @@ use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf};
 use lb_core::record::{LAYOUT_VERSION, NatSource};
 
 use super::mapped::MappedArray;
+use super::peers;
 use super::program::{self, kernel};
 use super::records::to_bytes;
 use super::settings::SettingsTable;
@@ -46,6 +47,9 @@ pub fn take(ebpf: &mut Ebpf, config: &config::Datapath) -> Result<(Maps, Parts),
     layout.set(0, LAYOUT_VERSION, 0).map_err(kernel("writing the layout version"))?;
     write_nat_sources(ebpf, config)?;
     write_settings(ebpf, &config.limits)?;
+    let peered = take_map(ebpf, "PEERED")?;
+    let peered = MappedArray::whole(data(&peered)).map_err(kernel("mapping the table of interfaces"))?;
+    peers::mark(&peered, &config.interfaces)?;
     let backends = take_map(ebpf, "BACKENDS")?;
     let holds = take_map(ebpf, "HOLDS")?;
     let shared =

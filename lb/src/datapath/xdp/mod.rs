@@ -17,6 +17,7 @@ mod log;
 mod mapped;
 mod maps;
 mod observe;
+mod peers;
 mod priority;
 mod probes;
 pub mod program;
