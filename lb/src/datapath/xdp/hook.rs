@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
@@ -19,6 +20,10 @@ use crate::datapath::{DatapathError, Hook};
 /// Where our filter stands at a clsact queueing discipline, so that the next daemon finds it.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Packets that were past XDP's hook when the program came there have reached traffic control after this long. If
+/// nobody took them there, the host's own stack would answer them: with a reset.
+const ON_THEIR_WAY: Duration = Duration::from_millis(100);
 
 /// One way of taking an interface's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,21 +244,29 @@ fn forget(interface: &str, pin: &Path, error: &dyn std::error::Error) -> Result<
 
 /// Removes what a former daemon attached elsewhere: at another hook, or to an interface that is not ours any more.
 fn detach_others(interfaces: &[String], pins: &Path, ours: &[PathBuf]) {
-    for interface in interfaces {
-        let mark = Way::Clsact.pin(pins, interface);
-        if mark.exists() && !ours.contains(&mark) {
-            // Dropped, it detaches.
-            drop(SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None));
-            said(&mark, fs::remove_dir(&mark));
-        }
+    let marks = interfaces.iter().map(|interface| (interface, Way::Clsact.pin(pins, interface)));
+    let filters: Vec<_> = marks.filter(|(_, mark)| mark.exists() && !ours.contains(mark)).collect();
+    let links: Vec<PathBuf> = fs::read_dir(pins)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("link-"))
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()))
+        .map(|entry| entry.path())
+        .filter(|pin| !ours.contains(pin))
+        .collect();
+    if filters.is_empty() && links.is_empty() {
+        return;
     }
-    for entry in fs::read_dir(pins).into_iter().flatten().flatten() {
-        let is_link = entry.file_name().to_string_lossy().starts_with("link-");
-        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-        if is_link && is_file && !ours.contains(&entry.path()) {
-            // The last reference to the link.
-            said(&entry.path(), fs::remove_file(entry.path()));
-        }
+    std::thread::sleep(ON_THEIR_WAY);
+    for (interface, mark) in filters {
+        // Dropped, it detaches.
+        drop(SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None));
+        said(&mark, fs::remove_dir(&mark));
+    }
+    for pin in links {
+        // The last reference to the link.
+        said(&pin, fs::remove_file(&pin));
     }
 }
 
