@@ -5,55 +5,72 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
+use clap::{Args, Subcommand};
 
 use crate::{setup, shell};
 
 /// What can be measured. Each is a program of the package `bench` under its name.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Debug, Subcommand)]
 pub enum Bench {
     /// What carries packets between client and server: routing, nftables, haproxy, nginx and Drover side by side
-    Path,
+    #[command(disable_help_flag = true)]
+    Path(Flags),
     /// Nanoseconds that the XDP program spends on a packet
-    Xdp,
+    #[command(disable_help_flag = true)]
+    Xdp(Flags),
     /// What a flip and a replay take while the tables hold many flows
-    Cutover,
+    #[command(disable_help_flag = true)]
+    Cutover(Flags),
+}
+
+/// What the benchmark itself is given.
+#[derive(Debug, Args)]
+pub struct Flags {
+    /// Given to the benchmark; `--help` lists them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    flags: Vec<OsString>,
 }
 
 impl Bench {
-    fn program(self) -> &'static str {
+    fn program(&self) -> &'static str {
         match self {
-            Self::Path => "path",
-            Self::Xdp => "xdp",
-            Self::Cutover => "cutover",
+            Self::Path(_) => "path",
+            Self::Xdp(_) => "xdp",
+            Self::Cutover(_) => "cutover",
         }
+    }
+
+    fn flags(&self) -> &[OsString] {
+        let (Self::Path(Flags { flags }) | Self::Xdp(Flags { flags }) | Self::Cutover(Flags { flags })) =
+            self;
+        flags
     }
 
     /// What cargo has to build for it.
-    fn packages(self) -> &'static [&'static str] {
+    fn packages(&self) -> &'static [&'static str] {
         match self {
-            Self::Path => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
-            Self::Xdp => &["-p", "bench", "--bin", "xdp"],
-            Self::Cutover => &["-p", "bench", "--bin", "cutover"],
+            Self::Path(_) => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
+            Self::Xdp(_) => &["-p", "bench", "--bin", "xdp"],
+            Self::Cutover(_) => &["-p", "bench", "--bin", "cutover"],
         }
     }
 
-    fn scope(self) -> setup::Scope {
+    fn scope(&self) -> setup::Scope {
         match self {
-            Self::Path => setup::Scope::Bench,
-            Self::Xdp | Self::Cutover => setup::Scope::Demo,
+            Self::Path(_) => setup::Scope::Bench,
+            Self::Xdp(_) | Self::Cutover(_) => setup::Scope::Demo,
         }
     }
 }
 
-/// Runs a benchmark with `flags`; on success it does not return, the benchmark takes this process's place.
-pub fn run(bench: Bench, flags: &[OsString]) -> Result<()> {
+/// Runs a benchmark; on success it does not return, the benchmark takes this process's place.
+pub fn run(bench: &Bench) -> Result<()> {
     setup::run(bench.scope(), setup::Show::Changes)?;
     shell::run(shell::cargo().args(["build", "--quiet", "--release"]).args(bench.packages()))?;
     let own = std::env::current_exe().context("cannot find this program's own path")?;
     // This program is TARGET/debug/xtask.
     let target = own.ancestors().nth(2).context("this program is not in a target folder")?;
     let program = target.join("release").join(bench.program());
-    let error = Command::new(&program).args(flags).exec();
+    let error = Command::new(&program).args(bench.flags()).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

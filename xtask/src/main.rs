@@ -57,13 +57,10 @@ enum Task {
         limits: fuzz::Limits,
     },
     /// Measures
-    #[command(disable_help_flag = true)]
     Bench {
         /// What to measure
+        #[command(subcommand)]
         what: bench::Bench,
-        /// Given to the benchmark; `--help` lists them
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        flags: Vec<OsString>,
     },
 }
 
@@ -76,7 +73,7 @@ fn main() -> ExitCode {
         Task::Demo { flags } => demo::run(&flags),
         Task::Test { quick } => test::run(quick),
         Task::Fuzz { target, limits } => fuzz::run(target, &limits),
-        Task::Bench { what, flags } => bench::run(what, &flags),
+        Task::Bench { what } => bench::run(&what),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
