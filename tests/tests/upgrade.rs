@@ -15,6 +15,13 @@ use steady::{Bench, LIMIT, Load, UNDER_LOAD, spawn};
 
 const BETWEEN: Duration = Duration::from_millis(300);
 
+/// Starts the daemon after it has ended.
+fn start_again(bench: &mut Bench) {
+    assert!(bench.daemon.ended().is_some());
+    bench.daemon = spawn(&bench.lab);
+    bench.wait_ready();
+}
+
 fn stop(bench: &mut Bench) {
     let ended = bench.daemon.stop(LIMIT);
     assert!(ended.success(), "{ended}");
@@ -40,13 +47,15 @@ fn the_next_daemon_takes_over_without_losing_a_packet() {
             std::thread::sleep(BETWEEN);
             stop(&mut bench);
             std::thread::sleep(BETWEEN);
-            bench.start_again();
+            start_again(&mut bench);
             std::thread::sleep(BETWEEN);
             bench.daemon.kill();
             std::thread::sleep(BETWEEN);
-            bench.start_again();
+            start_again(&mut bench);
         }
         std::thread::sleep(BETWEEN);
+        let [first, second] = load.reached();
+        assert!(first > 100 && second == 0, "{first} and {second}");
         load.must_be_whole();
     }
 }
@@ -61,7 +70,7 @@ fn packets_are_taken_at_another_hook_without_losing_one() {
             std::thread::sleep(BETWEEN);
             stop(&mut bench);
             bench.configure(hook, UNDER_LOAD);
-            bench.start_again();
+            start_again(&mut bench);
             must_be_taken_by(&bench, mode);
         }
     }
@@ -92,7 +101,7 @@ fn tables_of_another_layout_are_refused_and_go_on_carrying() {
 
     // As the former version left them: that one can go on.
     layout.set(0, LAYOUT_VERSION, 0).unwrap();
-    bench.start_again();
+    start_again(&mut bench);
     std::thread::sleep(BETWEEN);
     load.must_be_whole();
 }
