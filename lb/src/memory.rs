@@ -149,10 +149,17 @@ impl Datapath for MemoryDatapath {
     }
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
-        let mut inner = self.inner();
-        if let Some(site) = plan.sites.iter().find(|site| inner.unreachable.contains(&site.name)) {
-            return Err(DatapathError::Unreachable { site: site.name.clone(), reason: "no route".into() });
+        let unreachable = self.inner().unreachable.clone();
+        match plan.sites.iter().find(|site| unreachable.contains(&site.name)) {
+            Some(site) => {
+                Err(DatapathError::Unreachable { site: site.name.clone(), reason: "no route".into() })
+            }
+            None => self.install_at_start(plan),
         }
+    }
+
+    fn install_at_start(&self, plan: &Plan) -> Result<(), DatapathError> {
+        let mut inner = self.inner();
         // As in real tables, a number goes with its name; here it is never given to another.
         let stays: BTreeSet<&String> = plan.backends.iter().map(|backend| &backend.name).collect();
         for known in inner.backends.iter_mut().filter(|known| !stays.contains(&**known)) {

@@ -4,10 +4,11 @@
 
 mod steady;
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData};
-use lab::wait_for;
+use lab::{Site, wait_for};
 use lb_core::record::LAYOUT_VERSION;
 use serde_json::Value;
 
@@ -103,5 +104,65 @@ fn tables_of_another_layout_are_refused_and_go_on_carrying() {
     layout.set(0, LAYOUT_VERSION, 0).unwrap();
     start_again(&mut bench);
     std::thread::sleep(BETWEEN);
+    load.must_be_whole();
+}
+
+/// At `third`, a site whose next hop is there only once [`third_site`] says so.
+const AT_THIRD: &str = "\
+[[sites]]\nname = \"third\"\nnext_hop = \"10.2.2.9\"\n\
+[[backends]]\nname = \"late\"\naddress = \"10.1.0.3:7000\"\nsite = \"third\"\n\
+[[services]]\nname = \"late\"\naddress = \"10.0.0.100:7003\"\nprotocol = \"udp\"\nbackends = [\"late\"]\n";
+
+fn third_site(bench: &Bench, add_or_del: &str) {
+    let mut command = bench.lab.site(Site::B).command("ip");
+    let status = command.args(["addr", add_or_del, "10.2.2.9/32", "dev", "eth0"]).status().unwrap();
+    assert!(status.success());
+    let mut command = bench.lab.lb().command("ip");
+    assert!(command.args(["neigh", "flush", "to", "10.2.2.9"]).status().unwrap().success());
+}
+
+fn count(bench: &Bench, reason: &str) -> u64 {
+    let text = String::from_utf8(bench.admin("GET", "/metrics", "").body).unwrap();
+    let line = text.lines().find(|line| line.contains(&format!("reason=\"{reason}\""))).unwrap();
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_site_that_cannot_be_reached_is_waited_for_and_keeps_nobody_from_the_others() {
+    let text = UNDER_LOAD.to_owned() + AT_THIRD;
+    let mut bench = Bench::start("auto", &text);
+    let load = Load::start(&bench.lab);
+    let server = bench.lab.site(Site::B).run(|| UdpSocket::bind("10.1.0.3:7000")).unwrap();
+    std::thread::spawn(move || {
+        let mut datagram = [0; 64];
+        while let Ok((length, from)) = server.recv_from(&mut datagram) {
+            let _ = server.send_to(&datagram[..length], from);
+        }
+    });
+    let client = bench.lab.client().run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    client.connect("10.0.0.100:7003").unwrap();
+    client.set_read_timeout(Some(BETWEEN)).unwrap();
+    let is_answered = || client.send(b"there?").and_then(|_| client.recv(&mut [0; 64])).is_ok();
+    let before = count(&bench, "no_route");
+    assert!(!is_answered());
+    assert!(count(&bench, "no_route") > before);
+    assert!(bench.daemon.log_tail(100).contains("the site cannot be reached"));
+    // A reload says what is wrong with a site that it brings, and the one that is there already does not matter.
+    let weighed =
+        text.replace("name = \"late\"\naddress = \"10.1", "name = \"late\"\nweight = 7\naddress = \"10.1");
+    bench.configure("auto", &weighed);
+    assert_eq!(bench.admin("POST", "/v1/reload", "{}").status, 200);
+    bench.configure("auto", &text.replace("10.2.2.9", "10.2.2.8"));
+    let refused = bench.admin("POST", "/v1/reload", "{}");
+    assert_eq!((refused.status, &refused.json()["type"]), (409, &Value::from("urn:drover:unreachable-site")));
+
+    third_site(&bench, "add");
+    wait_for(LIMIT, || is_answered().then_some(())).expect("the site is found");
+    // Once it was found, a daemon that starts while it does not answer goes on as the former one.
+    bench.configure("auto", &text);
+    stop(&mut bench);
+    third_site(&bench, "del");
+    start_again(&mut bench);
+    assert!(is_answered());
     load.must_be_whole();
 }

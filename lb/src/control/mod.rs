@@ -115,7 +115,7 @@ impl Control {
     /// Installs the plan and takes over the gates as the tables have them.
     pub fn start(datapath: Arc<dyn Datapath>, plan: &Plan, hold: config::Hold) -> Result<Self, ControlError> {
         let shares = Shares::new(plan, &datapath.drained());
-        datapath.install(&reload::weighed(plan, &shares, Instant::now()))?;
+        datapath.install_at_start(&reload::weighed(plan, &shares, Instant::now()))?;
         let table = Table::new(&*datapath, plan, None, hold)?;
         let closed = table.entries.values().filter(|entry| entry.machine().state() != State::Forward);
         let closed: BTreeMap<_, _> = closed.map(|entry| (entry.name.clone(), entry.clone())).collect();

@@ -355,8 +355,12 @@ pub trait Datapath: Observe {
     fn hooks(&self) -> Vec<Hook>;
 
     /// Makes the tables say what the plan says, by what differs. Backends that are there already keep their
-    /// number, gate, generation and locations. All or nothing.
+    /// number, gate, generation and locations. All or nothing: a site that is new and cannot be reached is refused.
     fn install(&self, plan: &Plan) -> Result<(), DatapathError>;
+
+    /// As [`Datapath::install`], for a daemon that starts: sites that cannot be reached keep nobody from the others,
+    /// and are looked for until they can.
+    fn install_at_start(&self, plan: &Plan) -> Result<(), DatapathError>;
 
     /// Shares new flows out by other weights. Only for services of the last plan, with the same backends.
     fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError>;

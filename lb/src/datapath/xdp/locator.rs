@@ -15,7 +15,7 @@ use super::tables::words;
 use crate::datapath::{SitePlan, Tunnel};
 
 /// How long a neighbour may take to answer an address resolution.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Discard (RFC 863): where the datagram that makes the kernel resolve a neighbour goes.
 const DISCARD_PORT: u16 = 9;
@@ -27,7 +27,7 @@ pub enum LocatorError {
     #[error("there is no route to {0}")]
     NoRoute(IpAddr),
     /// The next hop does not answer.
-    #[error("{0} did not answer address resolution within {PATIENCE:?}")]
+    #[error("{0} does not answer address resolution")]
     NoNeighbour(IpAddr),
     /// No address of ours for the tunnel.
     #[error("no address of this machine leads to the tunnel's end {0}; set tunnel_source")]
@@ -56,12 +56,17 @@ impl Locator {
     }
 }
 
-/// Resolves a locator, making the kernel ask for the next hop's address where it is not known yet.
-pub async fn resolve(handle: &Handle, locator: Locator) -> Result<Location, LocatorError> {
+/// Resolves a locator, making the kernel ask for the next hop's address where it is not known yet, and waits for the
+/// answer as long as `patience` says.
+pub async fn resolve(
+    handle: &Handle,
+    locator: Locator,
+    patience: Duration,
+) -> Result<Location, LocatorError> {
     let way = route(handle, locator.next_hop).await?;
     let (own, mtu) = interface(handle, way.interface).await?;
     let mtu = way.mtu.map_or(mtu, |way| way.min(mtu));
-    let neighbour = neighbour(handle, way.interface, way.neighbour).await?;
+    let neighbour = neighbour(handle, way.interface, way.neighbour, patience).await?;
     let link = Link::new(way.interface, neighbour, own);
     let Some(tunnel) = locator.tunnel else { return Ok(Location::plain(link, mtu)) };
     let source = match tunnel.source {
@@ -84,19 +89,24 @@ pub async fn resolve(handle: &Handle, locator: Locator) -> Result<Location, Loca
 }
 
 /// The hardware address of a neighbour.
-async fn neighbour(handle: &Handle, interface: u32, neighbour: IpAddr) -> Result<[u8; 6], LocatorError> {
-    let deadline = Instant::now() + PATIENCE;
+async fn neighbour(
+    handle: &Handle,
+    interface: u32,
+    neighbour: IpAddr,
+    patience: Duration,
+) -> Result<[u8; 6], LocatorError> {
+    let deadline = Instant::now() + patience;
     let mut asked = false;
     loop {
         if let Some(neighbour) = neighbour_address(handle, interface, neighbour).await? {
             return Ok(neighbour);
         }
-        if Instant::now() > deadline {
-            return Err(LocatorError::NoNeighbour(neighbour));
-        }
         if !asked {
             asked = true;
             provoke_resolution(neighbour, interface);
+        }
+        if Instant::now() >= deadline {
+            return Err(LocatorError::NoNeighbour(neighbour));
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

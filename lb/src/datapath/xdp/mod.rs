@@ -40,6 +40,7 @@ use lb_core::{Direction, GateWord, Reason};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::drains::Drains;
+use self::locator::LocatorError;
 use self::maps::Parts;
 use self::observe::Observer;
 use self::probes::ProbeFlows;
@@ -107,18 +108,26 @@ impl XdpDatapath {
         })
     }
 
-    /// The locations of a plan's sites that nobody looks after yet, or the first site that cannot be reached.
-    fn probe(&self, plan: &Plan) -> Result<HashMap<String, Location>, DatapathError> {
+    /// The locations of a plan's sites that nobody looks after yet, and why others cannot be reached.
+    fn probe(&self, plan: &Plan) -> (HashMap<String, Location>, Vec<(String, LocatorError)>) {
         // Not under the lock: this waits for the network.
         let unknown = self.tables().unknown_sites(plan);
-        let mut locations = HashMap::new();
-        for (site, locator) in unknown {
-            match self.sites.probe(locator) {
+        let begin = |(site, locator)| (site, self.sites.begin_probe(locator));
+        // All at once: together they take as long as the slowest.
+        let probes: Vec<_> = unknown.into_iter().map(begin).collect();
+        let (mut locations, mut unreached) = (HashMap::new(), Vec::new());
+        for (site, location) in probes {
+            match location() {
                 Ok(location) => drop(locations.insert(site, location)),
-                Err(error) => return Err(DatapathError::Unreachable { site, reason: error.to_string() }),
+                Err(error) => unreached.push((site, error)),
             }
         }
-        Ok(locations)
+        (locations, unreached)
+    }
+
+    fn write(&self, plan: &Plan, locations: &HashMap<String, Location>) -> Result<(), DatapathError> {
+        self.tables().install(plan, locations, &self.sites)?;
+        self.drains.keep(plan.backends.iter().map(|backend| &*backend.name))
     }
 
     /// Packets and bytes of a member, its new flows, and its resets.
@@ -156,9 +165,21 @@ impl Datapath for XdpDatapath {
     }
 
     fn install(&self, plan: &Plan) -> Result<(), DatapathError> {
-        let locations = self.probe(plan)?;
-        self.tables().install(plan, &locations, &self.sites)?;
-        self.drains.keep(plan.backends.iter().map(|backend| &*backend.name))
+        let (locations, unreached) = self.probe(plan);
+        match unreached.into_iter().next() {
+            Some((site, error)) => Err(DatapathError::Unreachable { site, reason: error.to_string() }),
+            None => self.write(plan, &locations),
+        }
+    }
+
+    fn install_at_start(&self, plan: &Plan) -> Result<(), DatapathError> {
+        let (locations, unreached) = self.probe(plan);
+        for (site, error) in unreached {
+            tracing::warn!(%site, %error,
+                "the site cannot be reached; it is tried again every second, and packets for backends there go the \
+                 last known way, or are dropped (no_route) where there is none");
+        }
+        self.write(plan, &locations)
     }
 
     fn weigh(&self, services: &[ServicePlan]) -> Result<(), DatapathError> {

@@ -1,5 +1,5 @@
 //! Keeps the sites' locations true: resolves locators when asked and looks at all of them again every second,
-//! since neighbours change their hardware address and routes move.
+//! since neighbours change their hardware address, routes move, and sites that could not be reached come up.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, mpsc};
@@ -10,8 +10,8 @@ use aya::maps::{Array, MapData};
 use lb_core::record::Location;
 use tokio::sync::mpsc as tokio_mpsc;
 
-use super::locator::{Locator, LocatorError, resolve};
-use super::records::to_bytes;
+use super::locator::{Locator, LocatorError, PATIENCE, resolve};
+use super::records::{from_bytes, to_bytes};
 use super::shared::SharedTables;
 use crate::datapath::SiteNumber;
 
@@ -30,6 +30,8 @@ enum Request {
     Probe { locator: Locator, answer: mpsc::Sender<Result<Location, LocatorError>> },
     /// Write the location of a site and keep it true from now on.
     Keep { site: SiteNumber, locator: Locator, location: Location, done: mpsc::Sender<()> },
+    /// Look for a site that cannot be reached now, and keep its location true from then on.
+    Seek { site: SiteNumber, locator: Locator, is_new: bool, done: mpsc::Sender<()> },
     /// Look after these sites only.
     Retain { sites: HashSet<SiteNumber> },
 }
@@ -46,15 +48,28 @@ impl Sites {
 
     /// Finds the way to a site. Waits for the network, two seconds at most.
     pub fn probe(&self, locator: Locator) -> Result<Location, LocatorError> {
+        self.begin_probe(locator)()
+    }
+
+    /// Begins to find the way to a site; what is returned waits for it.
+    pub fn begin_probe(&self, locator: Locator) -> impl FnOnce() -> Result<Location, LocatorError> + use<> {
         let (answer, inbox) = mpsc::channel();
         self.ask(Request::Probe { locator, answer });
-        inbox.recv().unwrap_or(Err(LocatorError::NoRoute(locator.next_hop)))
+        move || inbox.recv().unwrap_or(Err(LocatorError::NoRoute(locator.next_hop)))
     }
 
     /// Writes a site's location into the tables; it is kept true from then on.
     pub fn keep(&self, site: SiteNumber, locator: Locator, location: Location) {
         let (done, inbox) = mpsc::channel();
         self.ask(Request::Keep { site, locator, location, done });
+        let _ = inbox.recv();
+    }
+
+    /// Looks for a site that cannot be reached now, every second. Until it is found, packets go the way that the
+    /// tables had for the site, or nowhere if `is_new`.
+    pub fn seek(&self, site: SiteNumber, locator: Locator, is_new: bool) {
+        let (done, inbox) = mpsc::channel();
+        self.ask(Request::Seek { site, locator, is_new, done });
         let _ = inbox.recv();
     }
 
@@ -72,7 +87,8 @@ impl Sites {
 struct Keeper {
     locations: Locations,
     tables: Arc<SharedTables>,
-    kept: HashMap<SiteNumber, (Locator, Location)>,
+    /// With what was last found.
+    kept: HashMap<SiteNumber, (Locator, Option<Location>)>,
 }
 
 impl Keeper {
@@ -92,11 +108,18 @@ impl Keeper {
             tokio::select! {
                 request = inbox.recv() => match request {
                     Some(Request::Probe { locator, answer }) => {
-                        let _ = answer.send(resolve(&handle, locator).await);
+                        let handle = handle.clone();
+                        // Others are not to wait for a neighbour that does not answer.
+                        tokio::spawn(async move { answer.send(resolve(&handle, locator, PATIENCE).await) });
                     }
                     Some(Request::Keep { site, locator, location, done }) => {
-                        self.kept.insert(site, (locator, location));
+                        self.kept.insert(site, (locator, Some(location)));
                         self.write(site, location);
+                        let _ = done.send(());
+                    }
+                    Some(Request::Seek { site, locator, is_new, done }) => {
+                        let former = self.former(site, is_new);
+                        self.kept.insert(site, (locator, former));
                         let _ = done.send(());
                     }
                     Some(Request::Retain { sites }) => self.kept.retain(|site, _| sites.contains(site)),
@@ -109,10 +132,11 @@ impl Keeper {
 
     async fn refresh(&mut self, handle: &rtnetlink::Handle) {
         for (site, (locator, location)) in self.kept.clone() {
-            match resolve(handle, locator).await {
-                Ok(now) if now != location => {
-                    tracing::info!(site = site.0, next_hop = %locator.next_hop, "the way to the site has changed");
-                    self.kept.insert(site, (locator, now));
+            // No waiting: what makes the kernel ask now will have been answered in a second.
+            match resolve(handle, locator, Duration::ZERO).await {
+                Ok(now) if Some(now) != location => {
+                    tracing::info!(site = site.0, next_hop = %locator.next_hop, "the way to the site is another one");
+                    self.kept.insert(site, (locator, Some(now)));
                     self.write(site, now);
                 }
                 Ok(_) => {}
@@ -120,6 +144,21 @@ impl Keeper {
                 Err(error) => tracing::debug!(site = site.0, %error, "locator not resolved"),
             }
         }
+    }
+
+    /// The location that a former daemon left for a site. What a number's former holder left is not the new site's.
+    fn former(&mut self, site: SiteNumber, is_new: bool) -> Option<Location> {
+        if is_new {
+            self.write(site, Location::default());
+            return None;
+        }
+        let record = self.locations.get(&site.0, 0).ok()?;
+        let location: Location = from_bytes(&record);
+        if location == Location::default() {
+            return None;
+        }
+        self.tables.set_location(site, location);
+        Some(location)
     }
 
     fn write(&mut self, site: SiteNumber, location: Location) {

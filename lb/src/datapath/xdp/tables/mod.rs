@@ -162,8 +162,8 @@ impl Tables {
         sites.filter(|(name, locator)| kept(name) != Some(locator)).collect()
     }
 
-    /// Writes what a plan has otherwise than the tables. `locations` are those of the plan's new sites. Whatever
-    /// can be refused is refused before the first write.
+    /// Writes what a plan has otherwise than the tables. `locations` are those of the plan's new sites; those that
+    /// are missing are looked for. Whatever can be refused is refused before the first write.
     pub fn install(
         &mut self,
         plan: &Plan,
@@ -172,11 +172,14 @@ impl Tables {
     ) -> Result<(), DatapathError> {
         self.check_room(plan)?;
         for site in &plan.sites {
+            let is_new = !self.sites.contains_key(&site.name);
             let number = self.number_site(&site.name)?;
             let locator = Locator::of(site);
-            self.locators.insert(number, locator);
-            if let Some(location) = locations.get(&site.name) {
-                sites.keep(number, locator, *location);
+            let former = self.locators.insert(number, locator);
+            match locations.get(&site.name) {
+                Some(location) => sites.keep(number, locator, *location),
+                None if former == Some(locator) => {}
+                None => sites.seek(number, locator, is_new),
             }
         }
         let stay: HashSet<SiteNumber> = plan.sites.iter().map(|site| self.sites[&site.name]).collect();
