@@ -21,6 +21,9 @@ pub enum Bench {
     /// What a flip and a replay take while the tables hold many flows
     #[command(disable_help_flag = true)]
     Cutover(Flags),
+    /// What large configurations cost: the first install, a change of one backend, memory
+    #[command(disable_help_flag = true)]
+    Scale(Flags),
 }
 
 /// What the benchmark itself is given.
@@ -37,13 +40,14 @@ impl Bench {
             Self::Path(_) => "path",
             Self::Xdp(_) => "xdp",
             Self::Cutover(_) => "cutover",
+            Self::Scale(_) => "scale",
         }
     }
 
     fn flags(&self) -> &[OsString] {
-        let (Self::Path(Flags { flags }) | Self::Xdp(Flags { flags }) | Self::Cutover(Flags { flags })) =
-            self;
-        flags
+        match self {
+            Self::Path(it) | Self::Xdp(it) | Self::Cutover(it) | Self::Scale(it) => &it.flags,
+        }
     }
 
     /// What cargo has to build for it.
@@ -52,13 +56,14 @@ impl Bench {
             Self::Path(_) => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
             Self::Xdp(_) => &["-p", "bench", "--bin", "xdp"],
             Self::Cutover(_) => &["-p", "bench", "--bin", "cutover"],
+            Self::Scale(_) => &["-p", "bench", "--bin", "scale"],
         }
     }
 
     fn scope(&self) -> setup::Scope {
         match self {
             Self::Path(_) => setup::Scope::Bench,
-            Self::Xdp(_) | Self::Cutover(_) => setup::Scope::Demo,
+            Self::Xdp(_) | Self::Cutover(_) | Self::Scale(_) => setup::Scope::Demo,
         }
     }
 }
