@@ -124,13 +124,14 @@ fn interface(lab: &Lab, namespace: &str, device: &str) -> Result<([u8; 6], u32)>
     Ok((octets, index as u32))
 }
 
+/// At XDP, where the ends' live frames can be redirected to; a virtual interface's own choice would be traffic control.
 fn configuration(lab: &Lab, flows: u32) -> String {
     let sites = Site::ALL.map(|site| {
         format!("[[sites]]\nname = \"{}\"\nnext_hop = \"{}\"\n", site.name(), address::site4(site))
     });
     format!(
         "[admin]\nlisten = \"{admin}\"\n\
-         [datapath]\ninterfaces = [\"c0\", \"a0\", \"b0\"]\npin_path = \"{pins}\"\nnat_source4 = \"{nat}\"\n\
+         [datapath]\ninterfaces = [\"c0\", \"a0\", \"b0\"]\nhook = \"xdp\"\npin_path = \"{pins}\"\nnat_source4 = \"{nat}\"\n\
          [limits]\nflows = {flows}\nnew_flows_per_second_per_cpu = {any}\nnew_flows_per_second_per_prefix = {any}\n\
          {sites}\
          [[backends]]\nname = \"{BACKEND}\"\naddress = \"{backend}:{BACKEND_PORT}\"\nsite = \"{site}\"\n\

@@ -23,10 +23,11 @@ pub struct HeldFrame {
 impl HeldFrame {
     /// Keeps a frame as it was captured.
     pub fn new(at: Instant, frame: &[u8], mode: Mode) -> Self {
-        let start = if mode == Mode::Dsr { HEADROOM } else { 0 };
-        let mut bytes = vec![0; start + frame.len()].into_boxed_slice();
-        bytes[start..].copy_from_slice(frame);
-        Self { at, bytes, start }
+        if mode == Mode::Dsr {
+            Self { at, bytes: [&[0; HEADROOM], frame].concat().into(), start: HEADROOM }
+        } else {
+            Self { at, bytes: frame.into(), start: 0 }
+        }
     }
 
     /// The frame as it was captured.

@@ -73,42 +73,73 @@ impl Shape {
     /// Whether the transport checksum covers the pseudo header only.
     fn is_partial(&self, frame: &[u8]) -> bool {
         let found = u16::from_be_bytes([frame[self.checksum], frame[self.checksum + 1]]);
-        let pseudo_header = fold(self.pseudo_header(frame));
-        let is_right = fold(self.pseudo_header(frame) + sum(&frame[self.transport..])) == 0xffff;
-        found == pseudo_header && !is_right
+        let pseudo_header = self.pseudo_header(frame);
+        // The whole frame is summed only where that is the question: nearly no complete checksum gets there.
+        found == fold(pseudo_header) && fold(pseudo_header + sum(&frame[self.transport..])) != 0xffff
+    }
+
+    /// The frames that were merged to one.
+    fn cut(&self, frame: &[u8], segment: usize) -> Vec<Vec<u8>> {
+        let (headers, payload) = frame.split_at(self.payload);
+        let pieces = payload.len().div_ceil(segment);
+        payload
+            .chunks(segment)
+            .enumerate()
+            .map(|(number, piece)| {
+                let mut wire = [headers, piece].concat();
+                if !self.v6 {
+                    add16(&mut wire, LINK_HEADER + 4, number as u16);
+                }
+                if self.protocol == TCP {
+                    add32(&mut wire, self.transport + 4, (number * segment) as u32);
+                    if number + 1 < pieces {
+                        wire[self.transport + 13] &= !(FIN | PSH);
+                    }
+                }
+                self.complete(&mut wire);
+                wire
+            })
+            .collect()
+    }
+}
+
+/// What a frame is on the wire.
+#[derive(Debug)]
+pub enum WireFrames<'f> {
+    /// Itself: nearly always, so nothing is copied for it.
+    AsItCame(&'f [u8]),
+    /// These, one at least.
+    Made(Vec<Vec<u8>>),
+}
+
+impl WireFrames<'_> {
+    /// How many frames.
+    pub fn count(&self) -> usize {
+        self.iter().count()
+    }
+
+    /// The frames in order.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let (whole, made) = match self {
+            Self::AsItCame(frame) => (Some(*frame), [].as_slice()),
+            Self::Made(frames) => (None, frames.as_slice()),
+        };
+        whole.into_iter().chain(made.iter().map(Vec::as_slice))
     }
 }
 
 /// The wire frames that a frame stands for, in order. `segment` is the payload of each where many were merged, else 0.
-pub fn wire_frames(frame: &[u8], segment: usize) -> Vec<Vec<u8>> {
-    let Some(shape) = Shape::of(frame) else { return vec![frame.to_vec()] };
+pub fn wire_frames(frame: &[u8], segment: usize) -> WireFrames<'_> {
+    let Some(shape) = Shape::of(frame) else { return WireFrames::AsItCame(frame) };
+    if segment == 0 && !shape.is_partial(frame) {
+        return WireFrames::AsItCame(frame);
+    }
     if segment == 0 || frame.len() - shape.payload <= segment {
         let mut whole = frame.to_vec();
-        if segment != 0 || shape.is_partial(frame) {
-            shape.complete(&mut whole);
-        }
-        return vec![whole];
+        shape.complete(&mut whole);
+        return WireFrames::Made(vec![whole]);
     }
-    let (headers, payload) = frame.split_at(shape.payload);
-    let pieces = payload.len().div_ceil(segment);
-    payload
-        .chunks(segment)
-        .enumerate()
-        .map(|(number, piece)| {
-            let mut wire = [headers, piece].concat();
-            if !shape.v6 {
-                add16(&mut wire, LINK_HEADER + 4, number as u16);
-            }
-            if shape.protocol == TCP {
-                add32(&mut wire, shape.transport + 4, (number * segment) as u32);
-                if number + 1 < pieces {
-                    wire[shape.transport + 13] &= !(FIN | PSH);
-                }
-            }
-            shape.complete(&mut wire);
-            wire
-        })
-        .collect()
+    WireFrames::Made(shape.cut(frame, segment))
 }
 
 fn add16(frame: &mut [u8], at: usize, more: u16) {
@@ -146,15 +177,22 @@ mod tests {
         .build()
     }
 
+    fn made(frame: &[u8], segment: usize) -> Vec<Vec<u8>> {
+        let frames = wire_frames(frame, segment);
+        let made: Vec<_> = frames.iter().map(<[u8]>::to_vec).collect();
+        assert_eq!(made.len(), frames.count());
+        made
+    }
+
     #[test]
     fn a_wire_frame_stays_as_it_is() {
         for v6 in [false, true] {
             for segment in [Segment::Tcp { flags: 0x18 }, Segment::Udp { checksum: true }] {
                 let frame = frame(v6, segment, 33);
-                assert_eq!(wire_frames(&frame.0, 0), [frame.0]);
+                assert!(matches!(wire_frames(&frame.0, 0), WireFrames::AsItCame(same) if same == frame.0));
             }
         }
-        assert_eq!(wire_frames(&[1, 2, 3], 0), [[1, 2, 3]]);
+        assert_eq!(made(&[1, 2, 3], 0), [[1, 2, 3]]);
     }
 
     #[test]
@@ -167,7 +205,7 @@ mod tests {
                 let sum = fold(shape.pseudo_header(&partial.0)).to_be_bytes();
                 let at = shape.transport + at;
                 partial.0[at..at + 2].copy_from_slice(&sum);
-                assert_eq!(wire_frames(&partial.0, 0), [whole.0]);
+                assert_eq!(made(&partial.0, 0), [whole.0]);
             }
         }
     }
@@ -176,7 +214,7 @@ mod tests {
     fn merged_segments_come_apart() {
         for v6 in [false, true] {
             let merged = frame(v6, Segment::Tcp { flags: 0x19 }, 2_500);
-            let frames = wire_frames(&merged.0, 1_000);
+            let frames = made(&merged.0, 1_000);
             let shape = Shape::of(&merged.0).unwrap();
             let mut payload: Vec<u8> = Vec::new();
             for (number, bytes) in frames.iter().enumerate() {
@@ -191,7 +229,7 @@ mod tests {
             assert_eq!(frames.len(), 3);
             assert_eq!(payload, &merged.0[shape.payload..]);
 
-            let datagrams = wire_frames(&frame(v6, Segment::Udp { checksum: true }, 70).0, 30);
+            let datagrams = made(&frame(v6, Segment::Udp { checksum: true }, 70).0, 30);
             assert_eq!(datagrams.len(), 3);
             assert!(datagrams.into_iter().all(|datagram| Frame(datagram).has_true_checksums()));
         }

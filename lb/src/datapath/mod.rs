@@ -387,7 +387,7 @@ pub trait Datapath: Observe {
     fn begin_hold(&self, backend: BackendNumber, limits: HoldLimits);
 
     /// The one store. With gate `Replay` the queue is sent to the word's location from then on and, when it is
-    /// empty, [`Event::Replayed`] is reported.
+    /// empty, [`Event::Replayed`] is reported. Wakes nobody: it takes as long for one flow as for millions.
     fn store(&self, backend: BackendNumber, word: GateWord);
 
     /// What the current (or last) hold of the backend has kept and lost.

@@ -97,7 +97,8 @@ impl HoldQueue {
             self.counts.overflow += 1;
             return;
         }
-        if self.absorb(now, frame, mode) {
+        let tcp = read(frame);
+        if tcp.as_ref().is_some_and(|(flow, content)| self.absorb(now, frame, mode, flow, *content)) {
             self.counts.absorbed += 1;
             return;
         }
@@ -105,7 +106,9 @@ impl HoldQueue {
             self.remove_first();
             self.counts.overflow += 1;
         }
-        self.note(frame);
+        if let Some((flow, content)) = tcp {
+            self.note(flow, content);
+        }
         self.bytes += frame.len();
         self.counts.held_packets += 1;
         self.counts.held_bytes += frame.len() as u64;
@@ -113,9 +116,8 @@ impl HoldQueue {
     }
 
     /// Whether a frame need not wait itself: all of it waits already, or it took the place of an acknowledgement.
-    fn absorb(&mut self, now: Instant, frame: &[u8], mode: Mode) -> bool {
-        let Some((flow, content)) = read(frame) else { return false };
-        let Some(waiting) = self.flows.get_mut(&flow) else { return false };
+    fn absorb(&mut self, now: Instant, frame: &[u8], mode: Mode, flow: &Flow, content: Content) -> bool {
+        let Some(waiting) = self.flows.get_mut(flow) else { return false };
         let segment = if let Content::Segment(segment) = content { Some(segment) } else { None };
         if segment.is_some_and(|segment| waiting.covered.has(segment)) {
             return true;
@@ -139,8 +141,7 @@ impl HoldQueue {
     }
 
     /// Remembers what a frame adds to its flow, before it is put at the end.
-    fn note(&mut self, frame: &[u8]) {
-        let Some((flow, content)) = read(frame) else { return };
+    fn note(&mut self, flow: Flow, content: Content) {
         let number = self.gone + self.frames.len() as u64;
         let waiting = self.flows.entry(flow).or_default();
         waiting.frames += 1;

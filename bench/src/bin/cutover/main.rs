@@ -21,6 +21,32 @@ struct Args {
     /// Few flows and flips: shows that it works, its figures are worth nothing
     #[arg(long)]
     quick: bool,
+    /// Flows in the tables, a case each; powers of two
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = power_of_two)]
+    flows: Option<Vec<u32>>,
+    /// Flips of each case
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    flips: Option<u32>,
+    /// Replays of each case; the median counts
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    replays: Option<u32>,
+}
+
+impl Args {
+    fn settings(&self) -> Settings {
+        let mut settings = if self.quick { Settings::quick() } else { Settings::full() };
+        if let Some(flows) = &self.flows {
+            settings.flows.clone_from(flows);
+        }
+        settings.flips = self.flips.unwrap_or(settings.flips);
+        settings.replays = self.replays.unwrap_or(settings.replays);
+        settings
+    }
+}
+
+fn power_of_two(text: &str) -> Result<u32, String> {
+    let flows = text.parse::<u32>().map_err(|error| error.to_string())?;
+    if flows.is_power_of_two() { Ok(flows) } else { Err(format!("{flows} is not a power of two")) }
 }
 
 fn main() -> ExitCode {
@@ -34,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<()> {
-    let settings = if args.quick { Settings::quick() } else { Settings::full() };
+    let settings = args.settings();
     // On something that is not a terminal the bar hides itself.
     let bar = ProgressBar::new_spinner();
     let report = run(&settings, |doing| {

@@ -225,7 +225,6 @@ impl Datapath for XdpDatapath {
 
     fn store(&self, backend: BackendNumber, word: GateWord) {
         self.shared.store(backend, word);
-        self.pump.wake();
     }
 
     fn hold_stats(&self, backend: BackendNumber) -> HoldStats {

@@ -2,7 +2,8 @@
 //!
 //! One thread for all backends. It sleeps while every gate is open, and while one is closed it polls the ring
 //! (waking it for each packet would cost more than the copy). Nothing tells it what to do: the gate words
-//! that the kernel program reads are what it reads too.
+//! that the kernel program reads are what it reads too. Not even a flip wakes it: that would be a system call, and
+//! on a busy machine a turn of this thread, before the one who flips goes on.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -19,7 +20,7 @@ use nix::sys::prctl::set_timerslack;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::records::from_bytes;
-use super::sender::{BATCH, Sender};
+use super::sender::{BATCH, LONG_BATCH, Sender};
 use super::shared::SharedTables;
 use crate::datapath::merged::wire_frames;
 use crate::datapath::queue::HoldQueue;
@@ -77,11 +78,6 @@ impl Pump {
     /// Makes a queue ready for a backend whose gate is about to close (or was found closed).
     pub fn begin(&self, backend: BackendNumber, limits: HoldLimits, refused: u64) {
         lock(&self.sessions).insert(backend, Session::new(limits, refused));
-        self.waker.unpark();
-    }
-
-    /// Looks at the gates now rather than at the next poll.
-    pub fn wake(&self) {
         self.waker.unpark();
     }
 
@@ -220,10 +216,13 @@ impl Worker {
                 Some(session) if !session.is_past() => {
                     let frames = wire_frames(frame, segment);
                     // Each is sent and settled by itself, so each has to count as captured.
-                    self.tables.capture(backend, frames.len() as u64 - 1);
-                    for frame in frames {
+                    let more = frames.count() as u64 - 1;
+                    if more > 0 {
+                        self.tables.capture(backend, more);
+                    }
+                    for frame in frames.iter() {
                         let before = session.queue.len() as u64;
-                        session.queue.push(now, &frame, mode);
+                        session.queue.push(now, frame, mode);
                         // What did not make the queue longer was dropped: the frame itself or older ones.
                         session.unsettled += before + 1 - session.queue.len() as u64;
                     }
@@ -273,7 +272,8 @@ impl Worker {
             return self.replay(backend, session, word, now);
         };
         // One frame alone first: the sooner it leaves, the sooner somebody is served.
-        let sent = self.send(backend, session, word, if first_sent { BATCH } else { 1 });
+        let most = if first_sent { batch(session.queue.len()) } else { 1 };
+        let sent = self.send(backend, session, word, most);
         if sent > 0 && !first_sent {
             let _ = self.events.send(Event::ReplayStarted { backend, after: since.elapsed() });
         }
@@ -367,6 +367,11 @@ impl Worker {
             },
         }
     }
+}
+
+/// Frames to send at once while so many wait: a small part of them, so that the processor is given up on the way.
+fn batch(waiting: usize) -> usize {
+    (waiting / 16).clamp(BATCH, LONG_BATCH)
 }
 
 /// An item of the capture ring.

@@ -10,6 +10,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 /// thread run in between.
 pub const BATCH: usize = 16;
 
+/// Frames per system call while so many wait that these are a small part.
+pub const LONG_BATCH: usize = 64;
+
 /// A packet socket bound to an interface.
 pub struct Sender {
     socket: OwnedFd,
@@ -49,19 +52,19 @@ impl Sender {
         Ok(Self { socket: socket.into() })
     }
 
-    /// Sends the first frames, [`BATCH`] at most, without waiting; how many went out.
+    /// Sends the first frames, [`LONG_BATCH`] at most, without waiting; how many went out.
     ///
     /// # Errors
     /// `WouldBlock` and `ENOBUFS` pass by themselves; try again soon.
     pub fn send<'f>(&self, frames: impl Iterator<Item = &'f mut [u8]>) -> io::Result<usize> {
-        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; BATCH];
+        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; LONG_BATCH];
         let mut count = 0;
         for (vector, frame) in vectors.iter_mut().zip(frames) {
             *vector = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
             count += 1;
         }
         // SAFETY: all-zero is a valid mmsghdr.
-        let mut messages: [libc::mmsghdr; BATCH] = unsafe { std::mem::zeroed() };
+        let mut messages: [libc::mmsghdr; LONG_BATCH] = unsafe { std::mem::zeroed() };
         for (message, vector) in messages.iter_mut().zip(&mut vectors[..count]) {
             message.msg_hdr.msg_iov = vector;
             message.msg_hdr.msg_iovlen = 1;

@@ -61,9 +61,10 @@ impl SharedTables {
 
     /// The one store.
     pub fn store(&self, backend: BackendNumber, word: GateWord) {
-        self.backend(backend).word.store(word.bits(), SeqCst);
+        // Noted before: whoever sees the word finds its time.
         let now = Instant::now();
         self.stored.lock().expect("nothing panics under it").insert(backend, now);
+        self.backend(backend).word.store(word.bits(), SeqCst);
     }
 
     /// When the backend's word was last stored by this process.
