@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::plot::{Axis, Chart, Group, Reference};
 use crate::table::{Table, number};
 
 /// The report.
@@ -57,6 +58,43 @@ impl Report {
         table
     }
 }
+
+impl Report {
+    /// For a plot: times and rates by the number of flows, with what is aimed at.
+    pub fn charts(&self) -> Vec<Chart> {
+        let chart = |title: &str, unit: &str, series: &[&str], goal: Reference, values: ValuesOf| Chart {
+            title: title.into(),
+            unit: unit.into(),
+            axis: Axis::Linear,
+            series: series.iter().map(|name| (*name).into()).collect(),
+            groups: self
+                .cases
+                .iter()
+                .map(|case| Group { label: format!("{} flows", case.flows), values: values(case) })
+                .collect(),
+            references: vec![goal],
+        };
+        vec![
+            chart(
+                "Cutover: medians",
+                "us",
+                &["flip", "first held packet"],
+                Reference { label: "goal for a flip".into(), value: 50.0 },
+                |case| vec![Some(case.flip_us_p50), Some(case.first_replay_us_p50)],
+            ),
+            chart(
+                "Replay",
+                "packets/s",
+                &["replayed in order"],
+                Reference { label: "goal".into(), value: 500_000.0 },
+                |case| vec![Some(case.replay_per_s)],
+            ),
+        ]
+    }
+}
+
+/// The values of a case's bars.
+type ValuesOf = fn(&CaseReport) -> Vec<Option<f64>>;
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use bench::cutover::run::{Settings, run};
+use bench::plot;
 use clap::Parser;
 use indicatif::ProgressBar;
 
@@ -18,6 +19,9 @@ struct Args {
     /// Writes the figures as JSON
     #[arg(long, value_name = "FILE.json")]
     report: Option<PathBuf>,
+    /// Draws the figures
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// Few flows and flips: shows that it works, its figures are worth nothing
     #[arg(long)]
     quick: bool,
@@ -74,6 +78,11 @@ fn measure(args: &Args) -> Result<()> {
         let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
         std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         println!("\nreport written to {}", path.display());
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, plot::svg(&report.charts()))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        println!("plot written to {}", path.display());
     }
     Ok(())
 }
