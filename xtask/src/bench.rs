@@ -53,7 +53,10 @@ impl Bench {
     /// What cargo has to build for it.
     fn packages(&self) -> &'static [&'static str] {
         match self {
-            Self::Path(_) => &["-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb"],
+            Self::Path(_) => &[
+                "-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb", "-p", "migrate", "--bin",
+                "migrate",
+            ],
             Self::Xdp(_) => &["-p", "bench", "--bin", "xdp"],
             Self::Cutover(_) => &["-p", "bench", "--bin", "cutover"],
             Self::Scale(_) => &["-p", "bench", "--bin", "scale"],

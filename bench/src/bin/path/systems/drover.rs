@@ -1,4 +1,5 @@
-//! Drover as it is used: its daemon with a configuration file. Without agents, since nothing migrates.
+//! Drover as it is used: its daemon with a configuration file. Without agents, since nothing migrates; but for `dsr`,
+//! where the agent at the server takes packets out of the tunnel.
 
 use anyhow::{Context, bail};
 use lab::process::Process;
@@ -39,6 +40,7 @@ nat_source4 = 'NAT_SOURCE'
 [[sites]]
 name = 'ams'
 next_hop = 'NEXT_HOP'
+tunnel = 'NEXT_HOP'
 [[backends]]
 name = 'one'
 address = 'BACKEND:7000'
@@ -67,6 +69,25 @@ mode = 'MODE'
 backends = ['iperf']
 ";
 
+const AGENT: &str = "\
+site = 'ams'
+listen = '127.0.0.1:7401'
+state_dir = 'STATE'
+[decapsulator]
+interfaces = ['eth0']
+endpoints = ['NEXT_HOP']
+hook = 'HOOK'
+pin_path = 'PIN_PATH'
+[[workloads]]
+name = 'one'
+address = 'VIRTUAL:7000'
+protocol = 'tcp'
+command = ['/bin/true']
+";
+
+/// Bytes of an IP packet on the link that the tunnel takes: those of other links and the outer header.
+const TUNNEL_MTU: u32 = 1520;
+
 /// As in the report.
 pub fn name(hook: Hook, mode: Mode) -> &'static str {
     match (hook, mode) {
@@ -79,11 +100,18 @@ pub fn name(hook: Hook, mode: Mode) -> &'static str {
     }
 }
 
+impl Hook {
+    /// As in configuration files.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::Tc => "tc",
+        }
+    }
+}
+
 fn config(hook: Hook, mode: Mode) -> String {
-    let hook = match hook {
-        Hook::Xdp => "xdp",
-        Hook::Tc => "tc",
-    };
+    let hook = hook.label();
     let mode = match mode {
         Mode::Nat => "nat",
         Mode::Transparent => "transparent",
@@ -97,22 +125,38 @@ pub fn describe(hook: Hook, mode: Mode) -> String {
     let config = config(hook, mode);
     match mode {
         Mode::Dsr => {
-            config + "# the server holds the virtual address; it replies on a link of its own to the client\n"
+            config
+                + "# the server holds the virtual address and has an agent with a decapsulator at the same hook;\n\
+                   # it replies on a link of its own to the client\n"
         }
         _ => config,
     }
 }
 
-/// Starts the daemon.
-pub fn start(place: &Place, hook: Hook, mode: Mode) -> anyhow::Result<Process> {
+/// Starts the daemon, and what else the mode needs.
+pub fn start(place: &Place, hook: Hook, mode: Mode) -> anyhow::Result<Vec<Process>> {
+    let mut processes = Vec::new();
     if mode == Mode::Dsr {
         reply_directly(place)?;
+        processes.push(start_agent(place, hook)?);
     }
     let values = [("PIN_PATH", &*place.lab().pin_path())];
     let path = write_config(place, "lb.toml", &config(hook, mode), &values)?;
     let mut command = place.lab().lb().command(program("lb")?);
     command.arg("run").arg("--config").arg(path);
-    Ok(Process::spawn("lb", place.lab().dir(), command)?)
+    processes.push(Process::spawn("lb", place.lab().dir(), command)?);
+    Ok(processes)
+}
+
+/// Starts the agent that takes packets out of the tunnel.
+fn start_agent(place: &Place, hook: Hook) -> anyhow::Result<Process> {
+    let state = place.lab().dir().join("agent");
+    let pins = place.lab().pin_path().join("agent");
+    let values = [("STATE", &*state), ("PIN_PATH", &*pins)];
+    let path = write_config(place, "agent.toml", &AGENT.replace("HOOK", hook.label()), &values)?;
+    let mut command = place.lab().site(Site::A).command(program("migrate")?);
+    command.arg("agent").arg("--config").arg(path);
+    Ok(Process::spawn("agent", place.lab().dir(), command)?)
 }
 
 /// Asks the daemon at which hook it takes packets.
@@ -136,10 +180,13 @@ pub fn verify(place: &Place, hook: Hook) -> anyhow::Result<()> {
 
 /// Gives the server the virtual address and a link to the client: what it answers does not pass the load balancer.
 fn reply_directly(place: &Place) -> anyhow::Result<()> {
-    let (client, server) = (place.lab().client(), place.lab().site(Site::A));
+    let (client, lb, server) = (place.lab().client(), place.lab().lb(), place.lab().site(Site::A));
     let ip = |namespace: &lab::Namespace, words: String| {
         place::run(namespace.command("ip").args(words.split(' ')))
     };
+    for (namespace, device) in [(lb, "a0"), (server, "eth0")] {
+        ip(namespace, format!("link set {device} mtu {TUNNEL_MTU}"))?;
+    }
     ip(server, format!("link add d0 type veth peer name d0 netns {}", client.name()))?;
     for (namespace, address) in [(client, "10.4.0.1/24"), (server, "10.4.0.2/24")] {
         ip(namespace, format!("addr add {address} dev d0"))?;

@@ -37,21 +37,19 @@ pub use drover::{Hook, Mode};
 
 use System::{Drover, Haproxy, NftDnat, NftFlowtable, NginxStream, Routing};
 
-/// A system that is set up. Dropping it ends its process; its rules go with its place.
+/// A system that is set up. Dropping it ends its processes; its rules go with its place.
 pub struct Running {
     system: System,
-    process: Option<Process>,
+    processes: Vec<Process>,
 }
 
 impl Running {
-    /// An error if its process has ended.
+    /// An error if one of its processes has ended.
     pub fn check(&mut self) -> anyhow::Result<()> {
-        if let Some(process) = &mut self.process
-            && process.ended().is_some()
-        {
-            return Err(process.not_ready("ended").into());
+        match self.processes.iter_mut().find_map(|process| process.ended().map(|_| process)) {
+            Some(process) => Err(process.not_ready("ended").into()),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// An error if it carries packets otherwise than it was told to.
@@ -153,17 +151,17 @@ impl System {
         if !matches!(self, Drover(..)) {
             place.lab().route(address::backend4(1).into(), Site::A)?;
         }
-        let process = match self {
-            Routing => None,
+        let processes = match self {
+            Routing => Vec::new(),
             NftDnat | NftFlowtable => {
                 nftables::start(place, self == NftFlowtable)?;
-                None
+                Vec::new()
             }
-            Haproxy => Some(haproxy::start(place)?),
-            NginxStream => Some(nginx::start(place)?),
-            Drover(hook, mode) => Some(drover::start(place, hook, mode)?),
+            Haproxy => vec![haproxy::start(place)?],
+            NginxStream => vec![nginx::start(place)?],
+            Drover(hook, mode) => drover::start(place, hook, mode)?,
         };
-        Ok(Running { system: self, process })
+        Ok(Running { system: self, processes })
     }
 }
 
