@@ -46,7 +46,7 @@ impl Default for Limits {
             members: 32_768,
             sites: 256,
             new_flows_per_second_per_cpu: 200_000,
-            new_flows_per_second_per_prefix: 20_000,
+            new_flows_per_second_per_prefix: 100_000,
         }
     }
 }
