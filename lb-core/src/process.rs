@@ -10,7 +10,7 @@ use crate::icmp;
 use crate::name::{Part, name};
 use crate::packet::{LINK_HEADER, Packet, read16, write16, write32};
 use crate::reason::{Class, Reason};
-use crate::record::Link;
+use crate::record::{Link, Location};
 use crate::tables::Tables;
 
 /// What the hook does with the packet as it is now.
@@ -66,13 +66,13 @@ pub fn process<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
     tables: &T,
     arrival: Arrival,
 ) -> Action {
-    walk(|step| take(family, packet, tables, arrival, step))
+    let next = take(family, packet, tables, arrival, Step::Forward);
+    walk(next, |step| take(family, packet, tables, arrival, step))
 }
 
-/// Takes a packet its whole way, given what takes one step and answers with the next.
+/// Takes a packet the rest of its way, given what takes one step and answers with the next.
 #[inline(always)]
-pub fn walk(mut take: impl FnMut(Step) -> Step) -> Action {
-    let mut next = take(Step::Forward);
+pub fn walk(mut next: Step, mut take: impl FnMut(Step) -> Step) -> Action {
     if next == Step::Search {
         next = take(Step::Search);
     }
@@ -160,27 +160,31 @@ fn perform<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
     };
     sample(packet, tables, reason);
     tables.count(reason);
-    let mode = flow.kind.mode();
-    let translated = match mode {
-        Mode::Dsr => family.pass_hop(packet),
-        _ => translate(family, packet, flow, part),
-    };
-    let link = match location {
-        Some(location) => &location.link,
-        None => &flow.link,
-    };
-    let done = translated.and_then(|()| match (reason, location) {
-        (Reason::Held, _) => Some(()),
-        (_, Some(location)) if mode == Mode::Dsr => encapsulate(family, packet, location),
-        _ => address(packet, link),
-    });
-    Step::Done(if done.is_none() {
-        Action::Drop
-    } else if reason == Reason::Held {
-        Action::Capture { backend: flow.backend, mode }
+    let action = if reason == Reason::Held {
+        translate(family, packet, flow, part)
+            .map(|()| Action::Capture { backend: flow.backend, mode: flow.kind.mode() })
     } else {
-        Action::Transmit { interface: link.interface }
-    })
+        forward(family, packet, flow, location, part)
+    };
+    Step::Done(action.unwrap_or(Action::Drop))
+}
+
+/// Makes a packet what its next hop gets: at a location, or without one the client.
+#[inline(always)]
+fn forward<const W: usize, F: Family<W>, P: Packet>(
+    family: F,
+    packet: &mut P,
+    flow: &Flow<W>,
+    location: Option<&Location>,
+    part: Part,
+) -> Option<Action> {
+    translate(family, packet, flow, part)?;
+    let link = location.map_or(&flow.link, |location| &location.link);
+    match location {
+        Some(location) if flow.kind.mode() == Mode::Dsr => encapsulate(family, packet, location)?,
+        _ => address(packet, link)?,
+    }
+    Some(Action::Transmit { interface: link.interface })
 }
 
 /// Copies one in so many packets to the samples, as it came in.
@@ -200,7 +204,8 @@ pub fn address<P: Packet>(packet: &mut P, link: &Link) -> Option<()> {
     Some(())
 }
 
-/// Writes addresses and ports and mends the checksums.
+/// Does what the flow's mode changes of a packet: one hop less, and where it is rewritten, addresses, ports and
+/// checksums.
 #[inline(always)]
 fn translate<const W: usize, F: Family<W>, P: Packet>(
     family: F,
@@ -208,6 +213,9 @@ fn translate<const W: usize, F: Family<W>, P: Packet>(
     flow: &Flow<W>,
     part: Part,
 ) -> Option<()> {
+    if flow.kind.mode() == Mode::Dsr {
+        return family.pass_hop(packet);
+    }
     family.rewrite(packet, &flow.source, &flow.destination, flow.address_delta)?;
     let Part::Transport { protocol, at } = part else { return Some(()) };
     if protocol == TCP {

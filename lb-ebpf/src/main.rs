@@ -36,8 +36,8 @@ pub fn drover(context: XdpContext) -> u32 {
     let interface = frame.interface();
     let now = now();
     let action = match ether_type(&mut frame) {
-        Some(ETHER_TYPE_V4) => walk(|step| xdp_v4(context, now, step)),
-        Some(ETHER_TYPE_V6) => walk(|step| xdp_v6(context, now, step)),
+        Some(ETHER_TYPE_V4) => xdp_v4(context, now),
+        Some(ETHER_TYPE_V6) => xdp_v6(context, now),
         other => not_ip(other),
     };
     match action {
@@ -65,8 +65,8 @@ pub fn drover_tc(context: TcContext) -> i32 {
     frame.pull_headers();
     let now = now();
     let action = match ether_type(&mut frame) {
-        Some(ETHER_TYPE_V4) => walk(|step| skb_v4(context, now, step)),
-        Some(ETHER_TYPE_V6) => walk(|step| skb_v6(context, now, step)),
+        Some(ETHER_TYPE_V4) => skb_v4(context, now),
+        Some(ETHER_TYPE_V6) => skb_v6(context, now),
         other => not_ip(other),
     };
     match action {
@@ -105,7 +105,7 @@ fn not_ip(ether_type: Option<u16>) -> Action {
 macro_rules! steps {
     ($steps:ident, $frame:ty, $family:ident) => {
         #[inline(always)]
-        fn $steps(context: *mut <$frame as Frame>::Context, now: u64, step: Step) -> Step {
+        fn $steps(context: *mut <$frame as Frame>::Context, now: u64) -> Action {
             #[inline(never)]
             fn forward(context: *mut <$frame as Frame>::Context, now: u64) -> u64 {
                 take_step::<_, _, $frame>($family, context, now, Step::Forward)
@@ -132,15 +132,29 @@ macro_rules! steps {
                 let reason = Reason::from_number(reason);
                 take_step::<_, _, $frame>($family, context, now, Step::Refuse(reason))
             }
-            from_bits(match step {
-                Step::Forward => forward(context, now),
-                Step::Search => search(context, now),
-                Step::Open => open(context, now),
-                Step::Icmp => icmp(context, now),
-                Step::TooBig { mtu } => too_big(context, now, mtu),
-                Step::Refuse(reason) => refuse(context, now, reason as u32),
-                Step::Done(_) => return step,
-            })
+            // What is forwarded at once is on its way after one call.
+            #[inline(never)]
+            fn rest(context: *mut <$frame as Frame>::Context, now: u64, next: u64) -> u64 {
+                let action = walk(from_bits(next), |step| {
+                    from_bits(match step {
+                        Step::Search => search(context, now),
+                        Step::Open => open(context, now),
+                        Step::Icmp => icmp(context, now),
+                        Step::TooBig { mtu } => too_big(context, now, mtu),
+                        Step::Refuse(reason) => refuse(context, now, reason as u32),
+                        Step::Forward | Step::Done(_) => return step,
+                    })
+                });
+                to_bits(Step::Done(action))
+            }
+            let mut next = from_bits(forward(context, now));
+            if !matches!(next, Step::Done(_)) {
+                next = from_bits(rest(context, now, to_bits(next)));
+            }
+            match next {
+                Step::Done(action) => action,
+                _ => Action::Drop,
+            }
         }
     };
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 /// How packets reach the backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Both addresses translated, replies through the load balancer.
@@ -78,8 +78,10 @@ impl Protocol {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// Of established flows, from the client.
+    /// Of established flows, from one client after the other, in the order in which the flows were opened.
     Hit,
+    /// The same, but from the clients in no order that caches could foresee: the least favourable one.
+    HitShuffled,
     /// Of no flow: with `nat` a TCP segment out of nowhere is dropped; everything else opens a flow.
     Miss,
     /// The first of a TCP connection.
@@ -91,6 +93,7 @@ impl Kind {
     pub fn label(self) -> &'static str {
         match self {
             Kind::Hit => "hit",
+            Kind::HitShuffled => "hit, shuffled",
             Kind::Miss => "miss",
             Kind::Syn => "syn",
         }
@@ -139,10 +142,15 @@ impl Case {
     /// Whether each of its packets opens a flow.
     pub fn opens_flows(&self) -> bool {
         match self.kind {
-            Kind::Hit => false,
+            Kind::Hit | Kind::HitShuffled => false,
             Kind::Miss => !(self.protocol == Protocol::Tcp && self.mode == Mode::Nat),
             Kind::Syn => true,
         }
+    }
+
+    /// Packets of one sample: `usual`, but fewer where each opens a flow and takes many times as long.
+    pub fn packets(&self, usual: u32) -> u32 {
+        if self.opens_flows() { usual / 8 } else { usual }
     }
 }
 
@@ -171,7 +179,8 @@ pub enum Extent {
 }
 
 impl Extent {
-    /// Numbers of flows for hits in tables of the usual size, and in large tables of their own.
+    /// Numbers of flows for hits in tables of the usual size, and in large tables of their own. So many that they do
+    /// not fit a core's own caches are hit in both orders.
     fn flows(self) -> (&'static [u32], Option<u32>) {
         match self {
             Extent::Full => (&[1, 1 << 10, 1 << 16], Some(1 << 20)),
@@ -188,10 +197,13 @@ impl Extent {
     }
 }
 
-/// Everything that is measured, in the order of the report.
-pub fn groups(extent: Extent) -> Vec<Group> {
+/// The least number of flows that are hit in both orders.
+const SHUFFLED_FROM: u32 = 1 << 16;
+
+/// Everything that is measured of these modes, in the order of the report.
+pub fn groups(extent: Extent, modes: &[Mode]) -> Vec<Group> {
     let mut groups = Vec::new();
-    for mode in Mode::ALL {
+    for mode in modes.iter().copied() {
         for family in Family::ALL {
             for protocol in Protocol::ALL {
                 groups.extend(groups_of(extent, mode, family, protocol));
@@ -208,14 +220,18 @@ fn groups_of(extent: Extent, mode: Mode, family: Family, protocol: Protocol) -> 
         |capacity, established, cases| Group { subject, capacity, established, cases, features: vec![] };
     let (few, many) = extent.flows();
     let most = few.iter().copied().max().unwrap_or(1);
-    let hits = few.iter().map(|flows| case(Kind::Hit, *flows)).collect();
+    let hits = |flows: &[u32]| {
+        let shuffled = flows.iter().filter(|flows| **flows >= SHUFFLED_FROM);
+        let shuffled = shuffled.map(|flows| case(Kind::HitShuffled, *flows));
+        flows.iter().map(|flows| case(Kind::Hit, *flows)).chain(shuffled).collect()
+    };
     let mut strangers = vec![case(Kind::Miss, extent.strangers())];
     if protocol == Protocol::Tcp {
         strangers.push(case(Kind::Syn, extent.strangers()));
     }
     let (opening, passing): (Vec<Case>, Vec<Case>) = strangers.into_iter().partition(Case::opens_flows);
 
-    let mut usual = group(None, most, hits);
+    let mut usual = group(None, most, hits(few));
     usual.cases.extend(passing);
     // What features cost is the same for all; one family and protocol show it.
     let shows_features = (family, protocol) == (Family::V4, Protocol::Tcp);
@@ -223,7 +239,7 @@ fn groups_of(extent: Extent, mode: Mode, family: Family, protocol: Protocol) -> 
         usual.features = vec![(Feature::Sampling, 1), (Feature::PathMtu, 1)];
     }
     let mut groups = vec![usual];
-    groups.extend(many.map(|flows| group(Some(flows), flows, vec![case(Kind::Hit, flows)])));
+    groups.extend(many.map(|flows| group(Some(flows), flows, hits(&[flows]))));
     // What opens flows pushes others out of the tables, and so each kind has tables of its own.
     groups.extend(opening.into_iter().map(|case| {
         let mut group = group(None, 1, vec![case]);
@@ -241,7 +257,8 @@ mod tests {
 
     #[test]
     fn every_mode_family_and_protocol_has_hits_misses_and_what_opens_flows() {
-        let cases: Vec<Case> = groups(Extent::Full).into_iter().flat_map(|group| group.cases).collect();
+        let cases: Vec<Case> =
+            groups(Extent::Full, &Mode::ALL).into_iter().flat_map(|group| group.cases).collect();
         for mode in Mode::ALL {
             for family in Family::ALL {
                 for protocol in Protocol::ALL {
@@ -250,6 +267,8 @@ mod tests {
                     let hits: Vec<u32> =
                         cases.iter().filter(own).filter(|c| c.kind == Kind::Hit).map(|c| c.flows).collect();
                     assert_eq!(hits, [1, 1024, 65_536, 1_048_576]);
+                    let shuffled = cases.iter().filter(own).filter(|case| case.kind == Kind::HitShuffled);
+                    assert!(shuffled.map(|case| case.flows).eq([65_536, 1_048_576]));
                     assert!(cases.iter().filter(own).any(|case| case.kind == Kind::Miss));
                     let opening = cases.iter().filter(own).filter(|case| case.opens_flows()).count();
                     assert!(opening >= 1);
@@ -260,10 +279,12 @@ mod tests {
 
     #[test]
     fn flows_are_powers_of_two_and_established_before_they_are_hit() {
-        for group in [Extent::Full, Extent::Quick].into_iter().flat_map(groups) {
+        for group in [Extent::Full, Extent::Quick].into_iter().flat_map(|extent| groups(extent, &Mode::ALL)) {
             for case in &group.cases {
                 assert!(case.flows.is_power_of_two());
-                assert!(case.kind != Kind::Hit || case.flows <= group.established);
+                assert!(
+                    !matches!(case.kind, Kind::Hit | Kind::HitShuffled) || case.flows <= group.established
+                );
                 assert!(!case.opens_flows() || group.cases.len() == 1);
             }
             for (_, flows) in &group.features {

@@ -158,8 +158,8 @@ impl Report {
         }
         let groups = columns.into_iter().map(|(kind, flows)| Group {
             label: match kind {
-                Kind::Hit => format!("hit, {flows} flows"),
-                _ => kind.label().to_owned(),
+                Kind::Hit | Kind::HitShuffled => format!("{}, {flows} flows", kind.label()),
+                Kind::Miss | Kind::Syn => kind.label().to_owned(),
             },
             values: subjects
                 .iter()

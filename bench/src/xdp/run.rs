@@ -4,12 +4,12 @@
 use anyhow::{Context, Result, ensure};
 use aya::programs::ProgramFd;
 
-use super::case::{self, Case, Extent, Family, Feature, Group, Kind, Protocol};
+use super::case::{self, Case, Extent, Family, Feature, Group, Kind, Mode, Protocol};
 use super::fixture::{self, Subject};
 use super::handshake;
 use super::packets::{ACK, Clients, SYN, Template};
 use super::report::{CaseReport, FeatureReport, Floors, Report};
-use super::wrapper::{Floor, Wrapper};
+use super::wrapper::{Floor, Order, Wrapper};
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -18,13 +18,13 @@ pub struct Settings {
     pub extent: Extent,
     /// Rounds; each gives a sample of every case.
     pub rounds: u32,
-    /// Packets of a sample; where a case has more flows, a packet of each.
+    /// Packets of a sample (see [`Case::packets`]); the next one goes on with the clients that follow.
     pub packets: u32,
 }
 
 impl Settings {
     /// For figures that can be quoted.
-    pub const FULL: Settings = Settings { extent: Extent::Full, rounds: 21, packets: 1 << 18 };
+    pub const FULL: Settings = Settings { extent: Extent::Full, rounds: 11, packets: 1 << 18 };
     /// For a look whether everything works.
     pub const QUICK: Settings = Settings { extent: Extent::Quick, rounds: 3, packets: 1 << 15 };
 }
@@ -44,9 +44,9 @@ pub struct Progress {
 /// sometimes lose a flow before they are full.
 const STRAY_MOST: f64 = 0.001;
 
-/// Measures everything.
-pub fn run(settings: Settings, mut watch: impl FnMut(Progress)) -> Result<Report> {
-    let groups = case::groups(settings.extent);
+/// Measures everything of these modes.
+pub fn run(settings: Settings, modes: &[Mode], mut watch: impl FnMut(Progress)) -> Result<Report> {
+    let groups = case::groups(settings.extent, modes);
     let mut wrapper = Wrapper::load()?;
     let mut report = Report::of_this_machine(settings.rounds);
     for (done, group) in (0..).zip(&groups) {
@@ -83,6 +83,9 @@ struct Entry {
     target: ProgramFd,
     template: Template,
     flows: u32,
+    order: Order,
+    /// The client of the last packet: the next sample goes on from there.
+    last: u32,
     samples: Vec<f64>,
 }
 
@@ -119,6 +122,8 @@ impl Session {
                 target: wrapper.floor(floor)?,
                 template: Template::new(family, protocol, Clients::Known, ACK),
                 flows: 1,
+                order: Order::InTurn,
+                last: 0,
                 samples: Vec::new(),
             });
         }
@@ -129,7 +134,7 @@ impl Session {
         for what in group.cases.iter().copied().map(What::Case).chain(features) {
             let Some(case) = what.case() else { continue };
             let (clients, flags) = match case.kind {
-                Kind::Hit => (Clients::Known, ACK),
+                Kind::Hit | Kind::HitShuffled => (Clients::Known, ACK),
                 Kind::Miss => (Clients::Strangers, ACK),
                 Kind::Syn => (Clients::Strangers, SYN),
             };
@@ -138,6 +143,8 @@ impl Session {
                 target: subject.fd()?,
                 template: Template::new(family, protocol, clients, flags),
                 flows: case.flows,
+                order: if case.kind == Kind::HitShuffled { Order::Shuffled } else { Order::InTurn },
+                last: 0,
                 samples: Vec::new(),
             });
         }
@@ -151,7 +158,7 @@ impl Session {
         let transmit = wrapper.floor(Floor::Transmit)?;
         for entry in &self.entries {
             let mut template = entry.template.clone();
-            wrapper.aim(template.bytes(), entry.flows, &transmit)?;
+            wrapper.aim(template.bytes(), (entry.flows, entry.order), entry.last, &transmit)?;
             let (made, client) = wrapper.one(self.family, self.protocol, template.bytes())?;
             ensure!(made == template.of(client), "the wrapper makes other packets than the harness");
         }
@@ -167,15 +174,16 @@ impl Session {
             } else {
                 None
             })?;
-            wrapper.aim(template, entry.flows, &entry.target)?;
+            wrapper.aim(template, (entry.flows, entry.order), entry.last, &entry.target)?;
+            let packets = entry.what.case().map_or(packets, |case| case.packets(packets));
             // The others' packets have left the caches as they pleased.
             wrapper.run(family, protocol, template, entry.flows.clamp(packets / 8, packets))?;
-            let packets = packets.max(entry.flows);
             let counted = |subject: &Subject| {
                 entry.what.case().map_or(Ok(0), |case| subject.counted(fixture::expected(&case)))
             };
             let before = counted(&self.subject)?;
             let run = wrapper.run(family, protocol, template, packets)?;
+            entry.last = wrapper.last_client()?;
             if let Some(case) = entry.what.case() {
                 let as_expected = counted(&self.subject)? - before;
                 ensure!(

@@ -14,7 +14,7 @@ static OBJECT: &[u8] = include_bytes_aligned!(env!("DROVER_EBPF_OBJECT"));
 
 /// The wrapper's `Template`.
 const RESTORED: usize = 80;
-type TemplateBytes = [u8; RESTORED + 8];
+const TEMPLATE: usize = RESTORED + 16;
 
 /// A floor program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +36,29 @@ impl Floor {
     }
 }
 
+/// In which order clients' packets are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// By number.
+    InTurn,
+    /// None that caches could foresee.
+    Shuffled,
+}
+
+impl Order {
+    /// Factor and step of the congruential generator; its period is full for every power of two (Hull, Dobell, 1962).
+    fn generator(self) -> (u32, u32) {
+        match self {
+            Order::InTurn => (1, 1),
+            Order::Shuffled => (1_664_525, 1_013_904_223),
+        }
+    }
+}
+
 /// The loaded wrapper.
 pub struct Wrapper {
     ebpf: Ebpf,
-    template: Array<MapData, TemplateBytes>,
+    template: Array<MapData, [u8; TEMPLATE]>,
     client: Array<MapData, u32>,
     programs: ProgramArray<MapData>,
 }
@@ -74,14 +93,23 @@ impl Wrapper {
         Ok(program(&mut self.ebpf, floor.program())?.fd()?.try_clone()?)
     }
 
-    /// From now on packets are the template's (client 0's), of so many clients in turn, and go to the program.
-    pub fn aim(&mut self, template: &[u8], clients: u32, target: &ProgramFd) -> Result<()> {
-        let mut bytes = TemplateBytes::from([0; RESTORED + 8]);
-        bytes[..RESTORED].copy_from_slice(&template[..RESTORED]);
-        bytes[RESTORED..RESTORED + 4].copy_from_slice(&(template.len() as u32).to_ne_bytes());
-        bytes[RESTORED + 4..].copy_from_slice(&(clients - 1).to_ne_bytes());
+    /// From now on packets are the template's (client 0's), of so many clients in that order from the one after `last`,
+    /// and go to the program.
+    pub fn aim(
+        &mut self,
+        template: &[u8],
+        (clients, order): (u32, Order),
+        last: u32,
+        target: &ProgramFd,
+    ) -> Result<()> {
+        let (factor, step) = order.generator();
+        let mut bytes = template[..RESTORED].to_vec();
+        for number in [template.len() as u32, clients - 1, factor, step] {
+            bytes.extend(number.to_ne_bytes());
+        }
+        let bytes: [u8; TEMPLATE] = bytes.as_slice().try_into()?;
         self.template.set(0, bytes, 0)?;
-        self.client.set(0, 0, 0)?;
+        self.client.set(0, last, 0)?;
         self.programs.set(0, target, 0)?;
         Ok(())
     }
@@ -106,7 +134,12 @@ impl Wrapper {
             TestRunOptions { data_in: Some(template), data_out: Some(&mut out), ..TestRunOptions::new() };
         let length = wrapper.test_run(options)?.data_size_out;
         out.truncate(length as usize);
-        Ok((out, self.client.get(&0, 0)?))
+        Ok((out, self.last_client()?))
+    }
+
+    /// The client whose packet was the last.
+    pub fn last_client(&self) -> Result<u32> {
+        Ok(self.client.get(&0, 0)?)
     }
 }
 

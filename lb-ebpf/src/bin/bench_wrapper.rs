@@ -27,6 +27,9 @@ struct Template {
     length: u32,
     /// Clients minus one; a power of two of them.
     mask: u32,
+    /// Which client comes next: this number times the last one's, plus `step`.
+    factor: u32,
+    step: u32,
 }
 
 #[map]
@@ -97,10 +100,9 @@ fn wrap(context: &XdpContext, layout: Layout) -> u32 {
     // SAFETY: as above, and nothing else refers to them.
     let packet = unsafe { &mut *(data as *mut [u8; RESTORED]) };
 
-    // A generator of full period: every client once in each round, in no order that memory could foresee.
     // SAFETY: one run at a time uses the map.
     let number = unsafe {
-        *client = (*client).wrapping_mul(1_664_525).wrapping_add(1_013_904_223) & template.mask;
+        *client = (*client).wrapping_mul(template.factor).wrapping_add(template.step) & template.mask;
         *client
     };
     // Written in words as the program reads them: what was written in parts would have to leave the processor's store

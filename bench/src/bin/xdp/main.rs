@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use bench::plot;
+use bench::xdp::case::Mode;
 use bench::xdp::run::{Progress, Settings, run};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,6 +29,9 @@ struct Args {
     /// Samples of each case
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
+    /// Only these modes; more than once for several
+    #[arg(long = "mode", value_name = "MODE", value_enum)]
+    modes: Vec<Mode>,
 }
 
 fn main() -> ExitCode {
@@ -49,7 +53,13 @@ fn measure(args: &Args) -> Result<()> {
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("  {bar:24} {pos}/{len}  {msg}  ({elapsed})");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let report = run(settings, |Progress { doing, done, groups }| {
+    let mut told = 0;
+    let modes = if args.modes.is_empty() { &Mode::ALL } else { args.modes.as_slice() };
+    let report = run(settings, modes, |Progress { doing, done, groups }| {
+        if bar.is_hidden() && done != told {
+            eprintln!("  {done} of {groups} groups measured after {} s", bar.elapsed().as_secs());
+            told = done;
+        }
         bar.set_length(groups);
         bar.set_position(done);
         bar.set_message(doing);
