@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::case::{Case, Family, Feature, Kind, Mode, Protocol};
+use super::run::summary;
 use crate::plot::{Axis, Chart, Group, Reference};
 use crate::table::{Table, number};
 
@@ -84,19 +85,21 @@ pub struct FeatureReport {
     pub case: Kind,
     /// Clients that they came from.
     pub flows: u32,
-    /// Nanoseconds of a packet without it, the least of all rounds.
+    /// Nanoseconds of a packet without it: the median of all rounds.
     pub ns_without: f64,
-    /// With it, in the same rounds.
+    /// With it.
     pub ns_with: f64,
-    /// The difference.
+    /// The median of the rounds' differences.
     pub ns_cost: f64,
 }
 
 impl FeatureReport {
-    /// A feature's cost in a case.
-    pub fn new(case: Case, feature: Feature, without: f64, with: f64) -> Self {
+    /// A feature's cost in a case, from each round's sample without it and with it.
+    pub fn new(case: Case, feature: Feature, without: &[f64], with: &[f64]) -> Self {
         let Case { mode, family, protocol, kind, flows } = case;
-        let [ns_without, ns_with, ns_cost] = [without, with, with - without].map(rounded);
+        let cost = without.iter().zip(with).map(|(without, with)| with - without).collect();
+        let [ns_without, ns_with, ns_cost] =
+            [without.to_vec(), with.to_vec(), cost].map(|samples| rounded(summary(samples).1));
         Self { feature, mode, family, protocol, case: kind, flows, ns_without, ns_with, ns_cost }
     }
 }
@@ -208,7 +211,7 @@ mod tests {
             CaseReport::new(case(Kind::Hit, 1), 60.0, 61.004, 2.5),
             CaseReport::new(case(Kind::Syn, 1024), 600.0, 610.0, 25.0),
         ];
-        report.features = vec![FeatureReport::new(case(Kind::Hit, 1), Feature::Sampling, 60.0, 63.5)];
+        report.features = vec![FeatureReport::new(case(Kind::Hit, 1), Feature::Sampling, &[60.0, 90.0, 61.0], &[64.0, 93.5, 61.5])];
         report
     }
 

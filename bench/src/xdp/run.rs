@@ -24,7 +24,7 @@ pub struct Settings {
 
 impl Settings {
     /// For figures that can be quoted.
-    pub const FULL: Settings = Settings { extent: Extent::Full, rounds: 11, packets: 1 << 18 };
+    pub const FULL: Settings = Settings { extent: Extent::Full, rounds: 21, packets: 1 << 17 };
     /// For a look whether everything works.
     pub const QUICK: Settings = Settings { extent: Extent::Quick, rounds: 3, packets: 1 << 15 };
 }
@@ -75,6 +75,8 @@ struct Session {
     family: Family,
     protocol: Protocol,
     entries: Vec<Entry>,
+    /// Packets so far: the next sample goes on with the client of that number, so that strangers stay strangers.
+    sent: u32,
 }
 
 /// Something that gets a sample in each round.
@@ -84,8 +86,6 @@ struct Entry {
     template: Template,
     flows: u32,
     order: Order,
-    /// The client of the last packet: the next sample goes on from there.
-    last: u32,
     samples: Vec<f64>,
 }
 
@@ -123,7 +123,6 @@ impl Session {
                 template: Template::new(family, protocol, Clients::Known, ACK),
                 flows: 1,
                 order: Order::InTurn,
-                last: 0,
                 samples: Vec::new(),
             });
         }
@@ -144,11 +143,10 @@ impl Session {
                 template: Template::new(family, protocol, clients, flags),
                 flows: case.flows,
                 order: if case.kind == Kind::HitShuffled { Order::Shuffled } else { Order::InTurn },
-                last: 0,
                 samples: Vec::new(),
             });
         }
-        let session = Self { subject, family, protocol, entries };
+        let session = Self { subject, family, protocol, entries, sent: 0 };
         session.check_wrapper(wrapper)?;
         Ok(session)
     }
@@ -158,7 +156,7 @@ impl Session {
         let transmit = wrapper.floor(Floor::Transmit)?;
         for entry in &self.entries {
             let mut template = entry.template.clone();
-            wrapper.aim(template.bytes(), (entry.flows, entry.order), entry.last, &transmit)?;
+            wrapper.aim(template.bytes(), (entry.flows, entry.order), self.sent, &transmit)?;
             let (made, client) = wrapper.one(self.family, self.protocol, template.bytes())?;
             ensure!(made == template.of(client), "the wrapper makes other packets than the harness");
         }
@@ -174,16 +172,17 @@ impl Session {
             } else {
                 None
             })?;
-            wrapper.aim(template, (entry.flows, entry.order), entry.last, &entry.target)?;
+            wrapper.aim(template, (entry.flows, entry.order), self.sent, &entry.target)?;
             let packets = entry.what.case().map_or(packets, |case| case.packets(packets));
             // The others' packets have left the caches as they pleased.
-            wrapper.run(family, protocol, template, entry.flows.clamp(packets / 8, packets))?;
+            let warming = entry.flows.clamp(packets / 8, packets);
+            wrapper.run(family, protocol, template, warming)?;
             let counted = |subject: &Subject| {
                 entry.what.case().map_or(Ok(0), |case| subject.counted(fixture::expected(&case)))
             };
             let before = counted(&self.subject)?;
             let run = wrapper.run(family, protocol, template, packets)?;
-            entry.last = wrapper.last_client()?;
+            self.sent = self.sent.wrapping_add(warming + packets);
             if let Some(case) = entry.what.case() {
                 let as_expected = counted(&self.subject)? - before;
                 ensure!(
@@ -201,9 +200,8 @@ impl Session {
 
     fn summarize(self, report: &mut Report) {
         let mut transmit_ns = f64::INFINITY;
-        let mut least: Vec<(Case, f64)> = Vec::new();
-        for entry in self.entries {
-            let (min, median) = summary(entry.samples);
+        for entry in &self.entries {
+            let (min, median) = summary(entry.samples.clone());
             match entry.what {
                 What::Floor(Floor::Transmit) => {
                     transmit_ns = min;
@@ -211,21 +209,27 @@ impl Session {
                 }
                 What::Floor(Floor::Ipip) => Floors::lower(&mut report.floors.ipip_ns, min),
                 What::Case(case) => {
-                    least.push((case, min));
                     report.cases.push(CaseReport::new(case, min, median, min / transmit_ns));
                 }
                 What::Feature(case, feature) => {
-                    // Cases come before what is compared with them.
-                    let without = least.iter().find(|(known, _)| *known == case).map_or(min, |(_, ns)| *ns);
-                    report.features.push(FeatureReport::new(case, feature, without, min));
+                    let plain = self.entries.iter().find(|plain| plain.is(case));
+                    let without = plain.map_or(&entry.samples, |plain| &plain.samples);
+                    report.features.push(FeatureReport::new(case, feature, without, &entry.samples));
                 }
             }
         }
     }
 }
 
+impl Entry {
+    /// Whether it is a case as such.
+    fn is(&self, wanted: Case) -> bool {
+        matches!(self.what, What::Case(case) if case == wanted)
+    }
+}
+
 /// Least and median.
-fn summary(mut samples: Vec<f64>) -> (f64, f64) {
+pub fn summary(mut samples: Vec<f64>) -> (f64, f64) {
     samples.sort_by(f64::total_cmp);
     let middle = samples.len() / 2;
     (samples.first().copied().unwrap_or(0.0), samples.get(middle).copied().unwrap_or(0.0))

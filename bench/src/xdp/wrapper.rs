@@ -134,12 +134,7 @@ impl Wrapper {
             TestRunOptions { data_in: Some(template), data_out: Some(&mut out), ..TestRunOptions::new() };
         let length = wrapper.test_run(options)?.data_size_out;
         out.truncate(length as usize);
-        Ok((out, self.last_client()?))
-    }
-
-    /// The client whose packet was the last.
-    pub fn last_client(&self) -> Result<u32> {
-        Ok(self.client.get(&0, 0)?)
+        Ok((out, self.client.get(&0, 0)?))
     }
 }
 
