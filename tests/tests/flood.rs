@@ -2,6 +2,7 @@
 //! without a loss, real newcomers get in, and the server sees no more of the flood than the bounds admit.
 //!
 //! What the flood does to response times is printed, not asserted: the sender shares the machine with everybody else.
+//! So it is printed beside what the same sender does to them when none of its packets gets anywhere.
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping, in its helpers too")]
 
@@ -29,6 +30,8 @@ const PREFIXES: u8 = 16;
 /// New flows that each of them is admitted in a second.
 const PER_PREFIX: u32 = 50;
 const PER_CPU: u32 = 200_000;
+/// Where nothing ever arrives.
+const NOWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), 80);
 
 /// A connection to a redis server that asks and waits for the answer, again and again.
 struct Client(BufReader<TcpStream>);
@@ -122,6 +125,16 @@ fn askers(from: &Namespace, service: SocketAddr, stop: &Arc<AtomicBool>) -> Vec<
     (0..CONNECTIONS).map(start).collect()
 }
 
+/// How long answers took in a third of the flood's time.
+fn asked_meanwhile(from: &Namespace, service: SocketAddr, at_end: impl FnOnce()) -> Vec<Duration> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asking = askers(from, service, &stop);
+    std::thread::sleep(FLOOD / 3);
+    stop.store(true, Relaxed);
+    at_end();
+    answered(asking)
+}
+
 fn answered(askers: Vec<JoinHandle<Vec<Duration>>>) -> Vec<Duration> {
     let mut times: Vec<_> = askers
         .into_iter()
@@ -154,11 +167,13 @@ fn a_flood_of_made_up_clients_leaves_established_connections_alone() {
     SettingsTable::new(&settings).unwrap().set_bounds(second, PER_CPU, PER_PREFIX);
     let client = stack.lab().client();
 
+    let quiet = asked_meanwhile(client, service, || ());
+    let route = ["route", "add", "blackhole", &NOWHERE.ip().to_string()];
+    assert!(client.command("ip").args(route).status().unwrap().success());
     let stop = Arc::new(AtomicBool::new(false));
-    let quiet = askers(client, service, &stop);
-    std::thread::sleep(FLOOD / 3);
-    stop.store(true, Relaxed);
-    let quiet = answered(quiet);
+    let idle_sender = flood(client, NOWHERE, stop.clone());
+    let crowded = asked_meanwhile(client, service, || stop.store(true, Relaxed));
+    assert_eq!(idle_sender.join().unwrap(), 0, "its packets get nowhere");
 
     let stop = Arc::new(AtomicBool::new(false));
     let flooded = askers(client, service, &stop);
@@ -187,9 +202,11 @@ fn a_flood_of_made_up_clients_leaves_established_connections_alone() {
     assert!(refused > sent / 4, "{refused} of {sent} refused");
     let percentile = |times: &[Duration]| times[times.len() * 99 / 100];
     println!(
-        "{:.0} SYNs/s, {admitted} admitted, {refused} refused; answers' p99 {:?}, without the flood {:?}",
+        "{:.0} SYNs/s, {admitted} admitted, {refused} refused; answers' p99 {:?}, {:?} while the sender's packets get \
+         nowhere, {:?} without it",
         sent as f64 / seconds,
         percentile(&flooded),
+        percentile(&crowded),
         percentile(&quiet),
     );
 }

@@ -211,7 +211,12 @@ mod tests {
             CaseReport::new(case(Kind::Hit, 1), 60.0, 61.004, 2.5),
             CaseReport::new(case(Kind::Syn, 1024), 600.0, 610.0, 25.0),
         ];
-        report.features = vec![FeatureReport::new(case(Kind::Hit, 1), Feature::Sampling, &[60.0, 90.0, 61.0], &[64.0, 93.5, 61.5])];
+        report.features = vec![FeatureReport::new(
+            case(Kind::Hit, 1),
+            Feature::Sampling,
+            &[60.0, 90.0, 61.0],
+            &[64.0, 93.5, 61.5],
+        )];
         report
     }
 
