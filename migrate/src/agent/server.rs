@@ -22,7 +22,7 @@ use super::{source, target};
 use crate::client::chain;
 use crate::decapsulator;
 use crate::protocol::{
-    AgentEvent, Freeze, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
+    AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
     WorkloadStatus, is_valid_id,
 };
 
@@ -82,7 +82,9 @@ fn router(site: Arc<Site>) -> axum::Router {
         .route("/v1/migrations/{id}/events", get(events))
         .route("/v1/migrations/{id}/freeze", post(freeze))
         .route("/v1/migrations/{id}/images", post(images))
+        .route("/v1/migrations/{id}/offer", post(offer))
         .route("/v1/migrations/{id}/go", post(go))
+        .route("/v1/migrations/{id}/confirm", post(confirm))
         .route("/v1/migrations/{id}/release", post(release))
         .route("/v1/migrations/{id}/abort", post(abort))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
@@ -284,16 +286,19 @@ async fn images(State(site): State<Arc<Site>>, Path(id): Path<String>, request: 
 async fn go(
     State(site): State<Arc<Site>>,
     Path(id): Path<String>,
-    Body_(part): Body_<Part>,
+    Body_(body): Body_<Go>,
 ) -> Answer<Json<Running>> {
     let Some(session) = site.session(&id) else {
         // An agent that was restarted after `go` has adopted what runs.
-        let running = site.running(&part.workload)?;
-        tracing::info!(migration = id, workload = part.workload, pid = running.1.pid, "runs already");
+        let running = site.running(&body.workload).map_err(gone)?;
+        site.take_up(&body.workload, body.offer)?;
+        tracing::info!(migration = id, workload = body.workload, pid = running.1.pid, "runs already");
         return Ok(Json(Running { at_unix_us: super::session::now_unix_us() }));
     };
-    session.ask(Ask::Go);
-    let answer = session.wait_for(|event| match event {
+    if runs_for_good(&session) {
+        return Ok(Json(Running { at_unix_us: super::session::now_unix_us() }));
+    }
+    let answer = session.ask_for(Ask::Go { offer: body.offer }, |event| match event {
         AgentEvent::Running(running) => Some(Ok(*running)),
         AgentEvent::Failed { reason } => Some(Err(reason.clone())),
         _ => None,
@@ -301,12 +306,70 @@ async fn go(
     match tokio::time::timeout(ANSWER_LIMIT, answer).await {
         Ok(Some(Ok(running))) => Ok(Json(running)),
         Ok(Some(Err(reason))) => Err(Refusal::new(StatusCode::CONFLICT, reason)),
-        Ok(None) => Err(Refusal::new(StatusCode::CONFLICT, "the migration has ended here without a `go`")),
-        Err(_) => Err(Refusal::new(
-            StatusCode::CONFLICT,
-            format!("nothing is restored: the migration is {:?} here", session.view().state),
-        )),
+        Ok(None) | Err(_) => Err(not_for_this(&session)),
     }
+}
+
+async fn offer(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(part): Body_<Part>,
+) -> Answer<Json<Option<u32>>> {
+    let Some(session) = site.session(&id) else {
+        // An agent that was restarted after `go` has adopted what runs.
+        return Ok(Json(site.offer(&part.workload).map_err(gone)?));
+    };
+    if runs_for_good(&session) {
+        return Ok(Json(None));
+    }
+    let answer = session.ask_for(Ask::Offer, |event| match event {
+        AgentEvent::Restored { offer } => Some(Some(*offer)),
+        AgentEvent::Running(_) => Some(None),
+        _ => None,
+    });
+    match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+        Ok(Some(offer)) => Ok(Json(offer)),
+        Ok(None) | Err(_) => Err(not_for_this(&session)),
+    }
+}
+
+async fn confirm(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(part): Body_<Part>,
+) -> Answer<Json<()>> {
+    let Some(session) = site.session(&id) else {
+        // An agent that was restarted after `go` has adopted what runs.
+        site.running(&part.workload)?;
+        return Ok(Json(()));
+    };
+    if runs_for_good(&session) {
+        return Ok(Json(()));
+    }
+    let confirmed = |event: &AgentEvent| matches!(event, AgentEvent::Confirmed).then_some(());
+    match tokio::time::timeout(ANSWER_LIMIT, session.ask_for(Ask::Confirm, confirmed)).await {
+        Ok(Some(())) => Ok(Json(())),
+        Ok(None) | Err(_) => Err(not_for_this(&session)),
+    }
+}
+
+/// Whether the role is over and the workload runs.
+fn runs_for_good(session: &Session) -> bool {
+    let view = session.view();
+    view.ended && view.workload == WorkloadState::Running
+}
+
+/// A copy that had not run died with a former agent.
+fn gone(error: SiteError) -> Refusal {
+    match error {
+        SiteError::Absent(..) => Refusal::new(StatusCode::GONE, chain(&error)),
+        error => error.into(),
+    }
+}
+
+fn not_for_this(session: &Session) -> Refusal {
+    let state = session.view().state;
+    Refusal::new(StatusCode::CONFLICT, format!("the migration is {state:?} here, which this does not fit"))
 }
 
 async fn release(
@@ -335,7 +398,11 @@ async fn abort(
 ) -> Answer<Json<Option<Running>>> {
     let Some(session) = site.session(&id) else {
         if part.role == Role::Source {
-            site.running(&part.workload)?;
+            // A former agent may have died while it was fenced.
+            let (holder, root) = site.running(&part.workload)?;
+            if root.state == 'T' {
+                site.revive(&part.workload, holder);
+            }
         }
         return Ok(Json(None));
     };

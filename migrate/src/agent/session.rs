@@ -33,7 +33,14 @@ pub enum Ask {
         settle: Duration,
     },
     /// Target: the gate points here.
-    Go,
+    Go {
+        /// The offer that is taken up.
+        offer: u32,
+    },
+    /// Target: make another offer.
+    Offer,
+    /// Target: it is the one.
+    Confirm,
     /// Source: the target runs.
     Release,
     /// Go back.
@@ -140,10 +147,25 @@ impl Session {
         }
     }
 
+    /// Asks something and waits for an event that `pick` takes, of those that come from now on; `None` if the role ends
+    /// without one.
+    pub async fn ask_for<T>(&self, ask: Ask, pick: impl FnMut(&AgentEvent) -> Option<T>) -> Option<T> {
+        let so_far = lock(&self.events).len();
+        self.ask(ask);
+        self.wait_from(so_far, pick).await
+    }
+
     /// Waits for an event that `pick` takes, from the first on; `None` if the role ends without one.
-    pub async fn wait_for<T>(&self, mut pick: impl FnMut(&AgentEvent) -> Option<T>) -> Option<T> {
+    pub async fn wait_for<T>(&self, pick: impl FnMut(&AgentEvent) -> Option<T>) -> Option<T> {
+        self.wait_from(0, pick).await
+    }
+
+    async fn wait_from<T>(
+        &self,
+        mut seen: usize,
+        mut pick: impl FnMut(&AgentEvent) -> Option<T>,
+    ) -> Option<T> {
         let mut changed = self.changed.subscribe();
-        let mut seen = 0;
         loop {
             // The view first: an end that comes after this look brings another change.
             let ended = self.view().ended;

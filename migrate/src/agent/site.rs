@@ -6,11 +6,14 @@ use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
 
 use super::config::{Config, Workload};
 use super::images::{self, ImagesError};
 use super::session::{Session, View};
+use crate::coordinator::machine::LEASE;
 use crate::criu::program::Program;
 use crate::decapsulator::{Decapsulator, DecapsulatorError};
 use crate::net::repair;
@@ -21,6 +24,8 @@ use crate::workload::processes::{self, Process};
 use crate::workload::record::{Records, root_of};
 use crate::workload::sys;
 
+/// Numbers of offers after an agent's restart begin here.
+const FIRST_OFFER: u32 = 1 << 16;
 /// So many ended migrations can still be asked about.
 const REMEMBERED: usize = 64;
 /// How long a workload that was just started or resumed may take to be seen.
@@ -118,6 +123,8 @@ pub struct Site {
     pub decapsulator: Option<Decapsulator>,
     places: Mutex<HashMap<String, Place>>,
     sessions: Mutex<VecDeque<Arc<Session>>>,
+    /// Of copies that a former agent left stopped: the last offer of each, and since when.
+    offers: Mutex<HashMap<String, (u32, Instant)>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -142,6 +149,7 @@ impl Site {
             decapsulator,
             places: Mutex::default(),
             sessions: Mutex::default(),
+            offers: Mutex::default(),
         });
         for workload in &site.config.workloads {
             let name = &workload.name;
@@ -255,6 +263,44 @@ impl Site {
         Ok(())
     }
 
+    /// An offer of a copy that was stopped when a former agent died before it was confirmed; `None` for one that runs.
+    pub fn offer(&self, name: &str) -> Result<Option<u32>, SiteError> {
+        let (_, root) = self.running(name)?;
+        if root.state != 'T' {
+            return Ok(None);
+        }
+        let mut offers = lock(&self.offers);
+        // Other numbers than the former agent's.
+        let number = offers.get(name).map_or(FIRST_OFFER, |(number, _)| number + 1);
+        offers.insert(name.to_owned(), (number, Instant::now()));
+        Ok(Some(number))
+    }
+
+    /// Lets such a copy run, if that offer was the last one and stands.
+    pub fn take_up(&self, name: &str, number: u32) -> Result<(), SiteError> {
+        let (holder, root) = self.running(name)?;
+        if root.state != 'T' {
+            return Ok(());
+        }
+        let offer = lock(&self.offers).remove(name);
+        if !offer.is_some_and(|(known, since)| known == number && since.elapsed() < LEASE) {
+            return Err(SiteError::Busy(
+                name.to_owned(),
+                "stopped",
+                "that offer of it is over: ask for another",
+            ));
+        }
+        self.revive(name, holder);
+        Ok(())
+    }
+
+    /// Lets a copy run that a former agent's death has left stopped.
+    pub fn revive(&self, name: &str, holder: HolderPid) {
+        repair::reconnect(holder.pid);
+        repair::signal(holder.pid, Signal::SIGCONT);
+        tracing::info!(workload = name, "set running again");
+    }
+
     /// Kills a copy that was left behind when the other site's became the one. Its clients' connections live
     /// on there, so nothing may be said on them from here.
     pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
@@ -353,6 +399,7 @@ impl Site {
         let (state, pid, migration) = match self.place(name) {
             Place::Absent => (WorkloadState::Absent, None, None),
             Place::Running(holder) => match root_of(holder) {
+                Some(root) if root.state == 'T' => (WorkloadState::Frozen, Some(root.pid), None),
                 Some(root) => (WorkloadState::Running, Some(root.pid), None),
                 None => (WorkloadState::Absent, None, None),
             },

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -14,6 +15,7 @@ use crate::client::{AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::drain::Queues;
+use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{Prepare, Role, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
@@ -234,7 +236,12 @@ impl Driver {
             Ask::Release => Some(Event::Release),
             Ask::Abort => Some(Event::Abort),
             // A target's.
-            Ask::Go | Ask::ImagesBegun | Ask::ImagesComplete { .. } | Ask::ImagesFailed(_) => None,
+            Ask::Offer
+            | Ask::Go { .. }
+            | Ask::Confirm
+            | Ask::ImagesBegun
+            | Ask::ImagesComplete { .. }
+            | Ask::ImagesFailed(_) => None,
         }
     }
 
@@ -255,6 +262,18 @@ impl Driver {
                         Err(error) => Event::DrainFailed(chain(&error)),
                     });
                 });
+            }
+            Command::Fence => repair::signal(self.holder.pid, Signal::SIGSTOP),
+            Command::Unfence => repair::signal(self.holder.pid, Signal::SIGCONT),
+            Command::Revive => {
+                repair::reconnect(self.holder.pid);
+                repair::signal(self.holder.pid, Signal::SIGCONT);
+                self.answer_for_criu();
+            }
+            Command::Kill => {
+                repair::disconnect(self.holder.pid).await;
+                repair::signal(self.holder.pid, Signal::SIGKILL);
+                self.answer_for_criu();
             }
             Command::DumpAgain => self.dump_again().await,
             Command::Silence => {
@@ -305,6 +324,12 @@ impl Driver {
         }
     }
 
+    /// Answers for a CRIU that is gone.
+    fn answer_for_criu(&self) {
+        let _ =
+            self.inner.send(Event::CriuEnded { at_unix_us: now_unix_us(), failed: None, in_flight: false });
+    }
+
     async fn dump_again(&mut self) {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
@@ -349,6 +374,7 @@ impl Driver {
             State::Retrying { .. } => ("dumping again", WorkloadState::Running, false),
             State::Dumping { .. } => ("dumping", WorkloadState::Frozen, false),
             State::Frozen { .. } => ("frozen", WorkloadState::Frozen, false),
+            State::Stopped { .. } => ("stopped without CRIU", WorkloadState::Frozen, false),
             State::Resuming { .. } => ("resuming", WorkloadState::Frozen, false),
             State::Releasing { .. } => ("releasing", WorkloadState::Frozen, false),
             State::Ended(End::Released) => ("released", WorkloadState::Absent, false),

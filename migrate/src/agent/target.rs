@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
 use super::images::{Folder, ImagesError};
@@ -12,7 +13,7 @@ use crate::client::chain;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::repair;
 use crate::net::silence::SilenceError;
-use crate::protocol::{Prepare, Role, WorkloadState};
+use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
 use crate::workload::holder::{Holder, HolderError, HolderPid};
 
@@ -49,6 +50,7 @@ struct Driver {
     folder: Option<Folder>,
     swrk: Option<Swrk>,
     patience: Duration,
+    lease: Duration,
     expires: Instant,
     inner: mpsc::UnboundedSender<Event>,
 }
@@ -99,6 +101,7 @@ async fn ready(
         folder: Some(folder),
         swrk: Some(swrk),
         patience: patience(prepare.hold_deadline_ms),
+        lease: Duration::from_millis(prepare.lease_ms),
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
     };
@@ -178,7 +181,9 @@ impl Driver {
 
     fn asked(&mut self, ask: Ask) -> Option<Event> {
         match ask {
-            Ask::Go => Some(Event::Go),
+            Ask::Offer => Some(Event::Offer),
+            Ask::Go { offer } => Some(Event::Go { offer }),
+            Ask::Confirm => Some(Event::Confirm),
             Ask::Abort => Some(Event::Abort),
             Ask::ImagesBegun => {
                 self.expires = Instant::now() + self.patience;
@@ -206,14 +211,16 @@ impl Driver {
                 if let Err(error) = self.site.records.write(&self.session.workload, self.holder_pid) {
                     tracing::error!(%error, "a restarted agent will not find the workload");
                 }
-                if let Some(holder) = self.holder.take()
-                    && let Err(error) = holder.keep().await
+                if let Some(holder) = &mut self.holder
+                    && let Err(error) = holder.lease().await
                 {
                     tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
                 }
                 self.answer().await;
             }
             Command::Yes => self.answer().await,
+            Command::Suspend => repair::suspend(self.holder_pid.pid).await,
+            Command::Continue => repair::signal(self.holder_pid.pid, Signal::SIGCONT),
             Command::Drop => {
                 // With its connections out of repair mode: killed like this it would say so to every client.
                 repair::disconnect(self.holder_pid.pid).await;
@@ -223,7 +230,18 @@ impl Driver {
                 self.holder = None;
                 let _ = self.inner.send(Event::Dropped);
             }
-            Command::Report(event) => self.session.report(event),
+            Command::Report(event) => {
+                if matches!(event, AgentEvent::Restored { .. }) {
+                    self.expires = Instant::now() + self.lease;
+                }
+                if event == AgentEvent::Confirmed
+                    && let Some(holder) = self.holder.take()
+                    && let Err(error) = holder.keep().await
+                {
+                    tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
+                }
+                self.session.report(event);
+            }
             Command::End => self.end(state).await,
         }
     }
@@ -240,9 +258,14 @@ impl Driver {
         let (words, workload, idle, ended) = match state {
             State::Before(Before::Waiting) => ("waiting for images", WorkloadState::Restoring, true, false),
             State::Before(Before::Restoring) => ("restoring", WorkloadState::Restoring, false, false),
-            State::Before(Before::Restored) => ("restored", WorkloadState::Restored, false, false),
-            State::Committed(Committed::Starting) => ("starting", WorkloadState::Restored, false, false),
-            State::Committed(Committed::Running(_)) => ("running", WorkloadState::Running, false, false),
+            State::Before(Before::Restored(_)) => ("restored", WorkloadState::Restored, false, false),
+            State::Committed(Committed::Starting { .. }) => {
+                ("starting", WorkloadState::Restored, false, false)
+            }
+            State::Committed(Committed::Running { .. }) => ("running", WorkloadState::Running, false, false),
+            State::Committed(Committed::Suspended { .. }) => {
+                ("suspended, since nobody confirmed it", WorkloadState::Frozen, false, false)
+            }
             State::Dropping => ("dropping", WorkloadState::Restoring, false, false),
             State::Dropped => ("dropped", WorkloadState::Absent, false, true),
             State::Lost => ("lost", WorkloadState::Absent, false, true),

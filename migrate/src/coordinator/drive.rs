@@ -6,15 +6,15 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::Method;
+use http::{Method, StatusCode};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Command, Event, Machine, State};
+use super::machine::{Command, Event, LEASE, Machine, State};
 use super::{AgentAt, Cutover, Outcome, Progress, Report, Spec};
 use crate::client::{AgentClient, ClientError, chain};
-use crate::protocol::{AgentEvent, Freeze, Part, Prepare, Prepared, Role, Running};
+use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running};
 
 /// An agent may have to start processes and warm caches.
 const PREPARE_ANSWER: Duration = Duration::from_secs(20);
@@ -94,9 +94,17 @@ pub(super) async fn drive(
         Some(trouble) => driver.take(Event::TargetFailed(trouble), Instant::now()),
         None => driver.perform(commands),
     }
-    let mut aborted = false;
+    let (mut aborted, mut doubted) = (false, false);
     let (outcome, reason) = loop {
         driver.tell_progress();
+        match driver.machine.doubt() {
+            Some(doubt) if !doubted => {
+                tracing::error!(migration = %driver.spec.id, backend = %driver.spec.backend, "in doubt: {doubt}");
+                doubted = true;
+            }
+            Some(_) => {}
+            None => doubted = false,
+        }
         if let State::Finished { outcome, reason } = driver.machine.state() {
             break (*outcome, reason.clone());
         }
@@ -133,7 +141,7 @@ impl Driver {
         figures.sent_bytes = news.figures.sent_bytes.or(figures.sent_bytes);
         match news.event {
             Event::Frozen => self.frozen_seen = self.frozen_seen.or(Some(news.at)),
-            Event::Restored => self.restored_seen = Some(news.at),
+            Event::Restored { .. } => self.restored_seen = Some(news.at),
             Event::Running | Event::SourceResumed => {
                 self.running_seen = self.running_seen.or(Some(news.at));
             }
@@ -184,16 +192,37 @@ impl Driver {
                     Ok(_) => Event::GateResumed,
                     Err(error) => Event::ResumeRefused(error.to_string()),
                 }),
+                Command::FlipBack { generation } => {
+                    Some(match self.cutover.flip(backend, generation, &self.spec.source.site) {
+                        Ok(_) => Event::GateResumed,
+                        Err(error) => Event::ResumeRefused(error.to_string()),
+                    })
+                }
                 Command::Freeze => {
                     let settle_us = u64::try_from(self.spec.drain.as_micros()).unwrap_or(u64::MAX);
                     self.ask(Role::Source, "freeze", Freeze { settle_us }, |_: ()| None);
                     None
                 }
-                Command::Go => {
+                Command::Offer => {
                     let part = self.part(Role::Target);
-                    self.ask(Role::Target, "go", part, |running: Running| {
+                    self.ask(Role::Target, "offer", part, |offer: Option<u32>| {
+                        let event = offer.map_or(Event::Running, |offer| Event::Restored { offer });
+                        Some((event, Figures::default()))
+                    });
+                    None
+                }
+                Command::Go { offer } => {
+                    let go = Go { workload: self.spec.backend.clone(), offer };
+                    self.ask(Role::Target, "go", go, |running: Running| {
                         let figures = Figures { running_at: Some(running.at_unix_us), ..Figures::default() };
                         Some((Event::Running, figures))
+                    });
+                    None
+                }
+                Command::Confirm => {
+                    let part = self.part(Role::Target);
+                    self.ask(Role::Target, "confirm", part, |_: ()| {
+                        Some((Event::Confirmed, Figures::default()))
                     });
                     None
                 }
@@ -250,6 +279,7 @@ impl Driver {
             protocol: self.spec.protocol,
             target_url: (role == Role::Source).then(|| self.spec.target.url.clone()),
             hold_deadline_ms: u64::try_from(self.spec.hold.deadline.as_millis()).unwrap_or(u64::MAX),
+            lease_ms: u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX),
         };
         let site = match role {
             Role::Source => self.spec.source.site.clone(),
@@ -300,6 +330,9 @@ impl Driver {
                     if let Some((event, figures)) = then(answer) {
                         let _ = news.send(News { event, at: Instant::now(), figures });
                     }
+                }
+                Err(ClientError::Refused { status: StatusCode::GONE, .. }) if role == Role::Target => {
+                    tell(&news, Event::TargetDropped);
                 }
                 Err(error) => tell(&news, failure(role, chain(&error))),
             }
@@ -385,7 +418,7 @@ async fn follow(
     client
         .events(id, opened, |event, at| {
             let last = matches!(event, AgentEvent::Released | AgentEvent::Resumed(_) | AgentEvent::Dropped)
-                || (role == Role::Target && matches!(event, AgentEvent::Running(_)));
+                || (role == Role::Target && matches!(event, AgentEvent::Confirmed));
             let mut figures = Figures::default();
             let event = match event {
                 AgentEvent::Drained => Event::Drained,
@@ -401,10 +434,14 @@ async fn follow(
                     figures.sent_bytes = Some(sent_bytes);
                     Event::Received
                 }
-                AgentEvent::Restored => Event::Restored,
+                AgentEvent::Restored { offer } => Event::Restored { offer },
                 AgentEvent::Running(running) => {
                     figures.running_at = Some(running.at_unix_us);
                     Event::Running
+                }
+                AgentEvent::Confirmed => Event::Confirmed,
+                AgentEvent::Suspended => {
+                    failure(role, "its lease ended unconfirmed, so it suspended the workload".to_owned())
                 }
                 AgentEvent::Released => Event::Released,
                 AgentEvent::Resumed(running) => {

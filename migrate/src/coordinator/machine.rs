@@ -1,19 +1,23 @@
 //! The migration as a pure state machine: event and time in, commands out. No I/O, no clock.
 //!
 //! ```text
-//! Before: PreparingTarget -> PreparingSource -> Holding -> Moving -> Flipping --flip--> After
-//!    \______________________any failure, abort, deadline______________/               /     \
-//!                             |                                             Confirming -> Releasing
-//!                        RollingBack -> Finished(rolled_back | in_doubt)        |            |
-//!                                                        Finished(in_doubt | committed) <----'
+//! Before: PreparingTarget -> PreparingSource -> Holding -> Moving -> Flipping --flip--> After:
+//!    \______________________any failure, abort, deadline______________/         Starting -> Confirming -> Releasing
+//!                             |                                                    |           |           |
+//!                        RollingBack -> Finished(rolled back)                      '-- doubt --'  Finished(committed)
 //! ```
 //!
-//! The flip is the point of no return: [`After`] has no function that leads to [`RollingBack`], and a
-//! failure there can only be retried or reported. Before it, every failure leads through [`RollingBack`],
-//! which opens the gate only after the source has said that it runs (or after it had all the time it
-//! needs to fall back by itself).
+//! The flip is the point of no return: no event leads from [`After`] to [`RollingBack`] but an operator's word, and the
+//! target's that its copy is gone and never ran; a failure there can only be retried or reported. Before it, every failure leads through [`RollingBack`], which opens
+//! the gate only after the source has said that it runs. A source that may have sent images never runs of its own
+//! accord, and a target never before `go`: so there are never two live copies.
+//!
+//! Where a site does not answer for too long the migration is in doubt ([`Machine::doubt`]): it goes on asking, and
+//! ends when the site comes back or an operator says how ([`Event::Resolve`]).
 
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::Outcome;
 use super::phases::Phases;
@@ -22,16 +26,20 @@ use super::phases::Phases;
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 /// How long past its hold deadline a silent coordinator is waited for by the agents.
 pub const MARGIN: Duration = Duration::from_secs(2);
-/// How long after the flip `go` and `release` are tried before an operator is asked.
+/// How long a site that does not answer is asked before an operator may be.
 pub const FORWARD_LIMIT: Duration = Duration::from_secs(15);
+/// How long a target runs unconfirmed before it suspends itself.
+pub const LEASE: Duration = Duration::from_secs(10);
 /// How long the target has the network and the machine to itself before the source is killed: it has a backlog to
 /// answer, nobody waits for the release, and taking a server with many connections apart is work.
 pub const CATCHING_UP: Duration = Duration::from_millis(100);
 /// Pause before something that failed is tried again.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// The same in doubt.
+pub const DOUBTFUL_PAUSE: Duration = Duration::from_secs(1);
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Event {
     /// The target waits for images.
     TargetPrepared,
@@ -50,21 +58,26 @@ pub enum Event {
     Dumped,
     /// The target: the images are here.
     Received,
-    /// The target: restored, not running.
-    Restored,
+    /// The target: restored, or suspended; not running.
+    Restored {
+        /// Number of its offer.
+        offer: u32,
+    },
     /// The gate points at the target.
     Flipped,
     /// The gate could not be staged, held or flipped.
     CutoverRefused(String),
     /// The target: its tasks run.
     Running,
+    /// The target: it knows that it is the one.
+    Confirmed,
     /// The source is gone.
     Released,
     /// The source runs again.
     SourceResumed,
     /// The target holds nothing any more.
     TargetDropped,
-    /// The gate is open to the source again.
+    /// The gate is open to the source again, be it by [`Command::ResumeGate`] or [`Command::FlipBack`].
     GateResumed,
     /// The gate could not be opened again.
     ResumeRefused(String),
@@ -74,8 +87,20 @@ pub enum Event {
     TargetFailed(String),
     /// An operator wants it to end.
     Abort,
+    /// An operator says how a migration in doubt ends; see [`Machine::may_resolve`].
+    Resolve(Verdict),
     /// Nothing happened; time went on.
     Tick,
+}
+
+/// An operator's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord, Hash)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The target has the copy that counts, and the operator has seen it run.
+    Committed,
+    /// The source has. On the way back already: the operator has seen it run.
+    RolledBack,
 }
 
 /// What is to be done.
@@ -94,8 +119,15 @@ pub enum Command {
         /// The generation that the hold gave.
         generation: u32,
     },
-    /// Let the target run.
-    Go,
+    /// Ask the target for another offer; the answer is [`Event::Restored`].
+    Offer,
+    /// Let the target run, until [`LEASE`] after it made the offer.
+    Go {
+        /// The offer.
+        offer: u32,
+    },
+    /// Take the target's lease off.
+    Confirm,
     /// Let the source die.
     Release,
     /// Let the source run again.
@@ -105,6 +137,11 @@ pub enum Command {
     /// Open the gate where it was.
     ResumeGate {
         /// The generation that the hold gave.
+        generation: u32,
+    },
+    /// Point a gate that was flipped, and is held again, at the source.
+    FlipBack {
+        /// The generation that the second hold gave.
         generation: u32,
     },
 }
@@ -130,30 +167,77 @@ pub enum Before {
     Flipping {
         /// Of the closed gate.
         generation: u32,
+        /// The target's.
+        offer: Offer,
     },
 }
 
-/// The steps after the flip: forward only.
+/// An offer of the target's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Its number; `None` for one that a former coordinator had.
+    pub number: Option<u32>,
+    /// When it came. It was made before, so that after [`LEASE`] from here nothing runs for it.
+    pub came: Duration,
+}
+
+/// What is said to a site until it answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asking {
+    /// When an operator may be asked.
+    pub give_up: Duration,
+    /// When it is to be said again, if it failed.
+    pub retry: Option<Duration>,
+    /// The last failure.
+    pub trouble: Option<String>,
+}
+
+impl Asking {
+    fn from(now: Duration) -> Self {
+        Self { give_up: now + FORWARD_LIMIT, retry: None, trouble: None }
+    }
+
+    fn failed(&mut self, trouble: String, now: Duration) {
+        let pause = if now >= self.give_up { DOUBTFUL_PAUSE } else { RETRY_PAUSE };
+        self.retry = Some(now + pause);
+        self.trouble = Some(trouble);
+    }
+
+    /// Whether it is to be said again now.
+    fn is_due(&mut self, now: Duration) -> bool {
+        let due = self.retry.is_some_and(|retry| now >= retry);
+        if due {
+            self.retry = None;
+        }
+        due
+    }
+
+    fn trouble(&self) -> &str {
+        self.trouble.as_deref().unwrap_or("no answer")
+    }
+}
+
+/// The steps after the flip: forward only, but for an operator's word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum After {
     /// The target is told to run.
+    Starting {
+        /// `go`, and after a failure `offer`.
+        go: Asking,
+        /// The last offer.
+        offer: Offer,
+        /// `confirm` has been said: the target may know that it is the one, whatever it answers now.
+        confirmed: bool,
+    },
+    /// The target runs and is told that it is the one.
     Confirming {
-        /// When an operator is asked.
-        give_up: Duration,
-        /// When `go` is to be said again, if it failed.
-        retry: Option<Duration>,
-        /// The last failure.
-        trouble: Option<String>,
+        /// `confirm`.
+        confirm: Asking,
+        /// That was taken up.
+        offer: Offer,
     },
-    /// The target runs; the source is told to go.
-    Releasing {
-        /// When the source is left to its own fallback.
-        give_up: Duration,
-        /// When `release` is to be said again, if it failed.
-        retry: Option<Duration>,
-        /// The last failure.
-        trouble: Option<String>,
-    },
+    /// The source is told to go.
+    Releasing(Asking),
 }
 
 /// On the way back.
@@ -161,16 +245,42 @@ pub enum After {
 pub struct RollingBack {
     /// Why.
     pub reason: String,
-    /// The closed gate's generation; `None` if it was never closed or is open again.
-    pub gate: Option<u32>,
+    /// What is to be done with the gate once the source runs; `None` if there is nothing (more) to do.
+    pub gate: Option<Closed>,
     /// The source has said that it runs.
     pub source_runs: bool,
     /// The target has said that it holds nothing, or cannot be reached.
     pub target_gone: bool,
-    /// When the source is taken to run: by then it has fallen back by itself.
-    pub give_up: Duration,
-    /// When the source is to be asked again, if it failed to answer.
-    pub retry: Option<Duration>,
+    /// `abort`, said to the source.
+    pub asking: Asking,
+}
+
+/// A closed gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// It points at the source.
+    AtSource {
+        /// The generation that the hold gave.
+        generation: u32,
+    },
+    /// It was flipped, and points at the target.
+    AtTarget {
+        /// The generation that the second hold gave.
+        generation: u32,
+    },
+    /// It was flipped and is about to be held again.
+    Flipped,
+}
+
+impl Closed {
+    /// What opens it to the source.
+    fn open(self) -> Command {
+        match self {
+            Self::AtSource { generation } => Command::ResumeGate { generation },
+            Self::AtTarget { generation } => Command::FlipBack { generation },
+            Self::Flipped => Command::Hold,
+        }
+    }
 }
 
 /// Where the migration is.
@@ -198,6 +308,7 @@ pub struct Machine {
     phases: Phases,
     hold_deadline: Duration,
     prepare_until: Duration,
+    doubt: Option<String>,
 }
 
 impl Machine {
@@ -210,21 +321,129 @@ impl Machine {
 
     /// A migration that a former coordinator left before its flip: roll it back.
     pub fn recover_back(generation: u32, hold_deadline: Duration) -> (Self, Vec<Command>) {
-        let mut machine = Self::new(State::Before(Before::Flipping { generation }), hold_deadline);
+        let mut machine = Self::new(State::Before(Before::Holding), hold_deadline);
         let reason = "the load balancer was restarted before the flip".to_owned();
-        let commands = machine.roll_back(Some(generation), reason, Duration::ZERO);
+        let commands = machine.roll_back(Some(Closed::AtSource { generation }), reason, Duration::ZERO);
         (machine, commands)
     }
 
-    /// A migration that a former coordinator left after its flip: finish it.
-    pub fn recover_forward(hold_deadline: Duration) -> (Self, Vec<Command>) {
+    /// A migration that a former coordinator left after its flip: finish it. `confirmed`: it may have said `confirm`.
+    pub fn recover_forward(confirmed: bool, hold_deadline: Duration) -> (Self, Vec<Command>) {
         let mut machine = Self::new(State::Before(Before::PreparingTarget), hold_deadline);
-        let commands = machine.go_forward(Duration::ZERO);
-        (machine, commands)
+        machine.phases.enter("confirm", Duration::ZERO);
+        let offer = Offer { number: None, came: Duration::ZERO };
+        machine.state = State::After(After::Starting { go: Asking::from(Duration::ZERO), offer, confirmed });
+        (machine, vec![Command::Offer])
+    }
+
+    /// A migration after whose flip an operator had decided for the source: goes on with that.
+    pub fn recover_returned(
+        at_target: bool,
+        generation: u32,
+        hold_deadline: Duration,
+    ) -> (Self, Vec<Command>) {
+        let mut machine = Self::new(State::Before(Before::Holding), hold_deadline);
+        let gate = if at_target { Closed::Flipped } else { Closed::AtSource { generation } };
+        let reason = "an operator said so before the load balancer was restarted".to_owned();
+        let commands = machine.roll_back(Some(gate), reason, Duration::ZERO);
+        (machine, if at_target { vec![Command::Hold] } else { commands })
+    }
+
+    /// Shifts all times so that what was `now` is `new` from here on. What has passed is forgotten as far as it makes
+    /// no difference any more.
+    #[cfg(test)]
+    pub(super) fn rebase(&mut self, now: Duration, new: Duration) {
+        let shifted = |time: Duration| (time + new).saturating_sub(now);
+        let deadline = |time: &mut Duration| *time = shifted(*time).max(new);
+        deadline(&mut self.prepare_until);
+        if let State::Before(Before::Flipping { offer, .. })
+        | State::After(After::Starting { offer, .. } | After::Confirming { offer, .. }) = &mut self.state
+        {
+            offer.came = shifted(offer.came).max(new.saturating_sub(LEASE + MARGIN));
+        }
+        match &mut self.state {
+            State::Before(Before::Moving { deadline: until, .. }) => deadline(until),
+            State::Before(_) | State::Finished { .. } => {}
+            State::After(
+                After::Starting { go: asking, .. }
+                | After::Confirming { confirm: asking, .. }
+                | After::Releasing(asking),
+            )
+            | State::RollingBack(RollingBack { asking, .. }) => {
+                deadline(&mut asking.give_up);
+                asking.retry.iter_mut().for_each(deadline);
+            }
+        }
+    }
+
+    /// Everything that makes a difference, without times: only what has passed and what has not. Also the offer that
+    /// no target takes up any more.
+    #[cfg(test)]
+    pub(super) fn essence(&self, now: Duration) -> (String, Option<Option<u32>>) {
+        let (mut essence, mut over) = (self.clone(), None);
+        let passed = |time: &mut Duration| *time = Duration::from_secs(u64::from(*time <= now));
+        match &mut essence.state {
+            State::Before(Before::Flipping { offer, .. })
+            | State::After(After::Starting { offer, .. } | After::Confirming { offer, .. }) => {
+                let (lease, margin) = (offer.came + LEASE <= now, offer.came + LEASE + MARGIN <= now);
+                over = margin.then_some(offer.number);
+                offer.came = Duration::from_secs(u64::from(lease) + u64::from(margin));
+            }
+            _ => {}
+        }
+        match &mut essence.state {
+            State::Before(Before::Moving { deadline, .. }) => passed(deadline),
+            State::Before(_) | State::Finished { .. } => {}
+            State::After(
+                After::Starting { go: asking, .. }
+                | After::Confirming { confirm: asking, .. }
+                | After::Releasing(asking),
+            )
+            | State::RollingBack(RollingBack { asking, .. }) => {
+                passed(&mut asking.give_up);
+                asking.retry.iter_mut().for_each(passed);
+                asking.trouble = None;
+            }
+        }
+        (format!("{:?} {}", essence.state, essence.doubt.is_some()), over)
     }
 
     fn new(state: State, hold_deadline: Duration) -> Self {
-        Self { state, phases: Phases::default(), hold_deadline, prepare_until: PREPARE_LIMIT }
+        Self { state, phases: Phases::default(), hold_deadline, prepare_until: PREPARE_LIMIT, doubt: None }
+    }
+
+    /// Why an operator is wanted, if so. It may still end by itself.
+    pub fn doubt(&self) -> Option<&str> {
+        self.doubt.as_deref()
+    }
+
+    /// Whether an operator's word would be taken; else why not.
+    pub fn may_resolve(&self, verdict: Verdict, now: Duration) -> Result<(), String> {
+        if self.doubt.is_none() {
+            return Err("it is not in doubt".to_owned());
+        }
+        let lease_ends = match &self.state {
+            State::After(After::Starting { offer, confirmed: false, .. }) => offer.came + LEASE,
+            _ => Duration::ZERO,
+        };
+        match (&self.state, verdict) {
+            (State::RollingBack(_), Verdict::Committed) => {
+                Err("the target was never told to run, so it can only be rolled back".to_owned())
+            }
+            (
+                State::After(
+                    After::Starting { confirmed: true, .. } | After::Confirming { .. } | After::Releasing(_),
+                ),
+                Verdict::RolledBack,
+            ) => Err("the target was told that its copy is the one and may serve again at any time, so it can only be \
+                      committed"
+                .to_owned()),
+            (State::After(_), Verdict::RolledBack) if now < lease_ends + MARGIN => Err(format!(
+                "the target may run until its lease ends, in {} s: wait for that",
+                (lease_ends + MARGIN - now).as_secs() + 1
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Where it is.
@@ -244,11 +463,15 @@ impl Machine {
             State::Before(Before::Holding | Before::Flipping { .. }) => None,
             State::Before(Before::Moving { deadline, .. }) => Some(*deadline),
             State::After(
-                After::Confirming { give_up, retry, .. } | After::Releasing { give_up, retry, .. },
+                After::Starting { go: asking, .. }
+                | After::Confirming { confirm: asking, .. }
+                | After::Releasing(asking),
             )
-            | State::RollingBack(RollingBack { give_up, retry, .. }) => {
-                Some(retry.map_or(*give_up, |retry| retry.min(*give_up)))
-            }
+            | State::RollingBack(RollingBack { asking, .. }) => match (asking.retry, &self.doubt) {
+                (Some(retry), None) => Some(retry.min(asking.give_up)),
+                (None, None) => Some(asking.give_up),
+                (retry, Some(_)) => retry,
+            },
             State::Finished { .. } => None,
         }
     }
@@ -265,7 +488,9 @@ impl Machine {
 
     fn on_before(&mut self, before: Before, event: Event, now: Duration) -> Vec<Command> {
         let gate = match before {
-            Before::Moving { generation, .. } | Before::Flipping { generation } => Some(generation),
+            Before::Moving { generation, .. } | Before::Flipping { generation, .. } => {
+                Some(Closed::AtSource { generation })
+            }
             Before::PreparingTarget | Before::PreparingSource | Before::Holding => None,
         };
         match (&before, event) {
@@ -315,16 +540,21 @@ impl Machine {
                 self.phases.enter_later("restore", now);
                 Vec::new()
             }
-            (Before::Moving { deadline, .. }, Event::Restored) if now >= *deadline => {
+            (Before::Moving { deadline, .. }, Event::Restored { .. }) if now >= *deadline => {
                 self.roll_back(gate, self.deadline_passed(), now)
             }
-            (Before::Moving { generation, .. }, Event::Restored) => {
-                let generation = *generation;
+            (Before::Moving { generation, .. }, Event::Restored { offer }) => {
+                let (generation, offer) = (*generation, Offer { number: Some(offer), came: now });
                 self.phases.enter("flip", now);
-                self.state = State::Before(Before::Flipping { generation });
+                self.state = State::Before(Before::Flipping { generation, offer });
                 vec![Command::Flip { generation }]
             }
-            (Before::Flipping { .. }, Event::Flipped) => self.go_forward(now),
+            (Before::Flipping { offer, .. }, Event::Flipped) => {
+                let offer = *offer;
+                self.phases.enter("confirm", now);
+                self.state = State::After(After::Starting { go: Asking::from(now), offer, confirmed: false });
+                offer.number.map(|offer| Command::Go { offer }).into_iter().collect()
+            }
 
             // Time.
             (Before::PreparingTarget | Before::PreparingSource, Event::Tick) if now >= self.prepare_until => {
@@ -346,119 +576,167 @@ impl Machine {
                 | Event::Frozen
                 | Event::Dumped
                 | Event::Received
-                | Event::Restored
+                | Event::Restored { .. }
                 | Event::Flipped
                 | Event::Running
+                | Event::Confirmed
                 | Event::GateResumed
                 | Event::ResumeRefused(_)
+                | Event::Resolve(_)
                 | Event::Tick,
             ) => Vec::new(),
         }
     }
 
     fn on_after(&mut self, after: After, event: Event, now: Duration) -> Vec<Command> {
-        match (after, event) {
-            (After::Confirming { .. }, Event::Running) => {
-                self.phases.enter("release", now);
-                self.state = State::After(After::Releasing {
-                    give_up: now + FORWARD_LIMIT,
-                    retry: Some(now + CATCHING_UP),
-                    trouble: None,
-                });
-                Vec::new()
+        if let Event::Resolve(verdict) = event {
+            return match self.may_resolve(verdict, now) {
+                Ok(()) => self.resolve_after(verdict, now),
+                Err(_) => Vec::new(),
+            };
+        }
+        let (next, commands) = match (after, event) {
+            // An older one may come late, or again.
+            (After::Starting { go, offer: known, confirmed }, Event::Restored { offer })
+                if known.number.is_none_or(|known| offer > known) =>
+            {
+                (
+                    After::Starting { go, offer: Offer { number: Some(offer), came: now }, confirmed },
+                    vec![Command::Go { offer }],
+                )
             }
-            (After::Confirming { give_up, .. }, Event::TargetFailed(reason)) => {
-                self.state = State::After(After::Confirming {
-                    give_up,
-                    retry: Some(now + RETRY_PAUSE),
-                    trouble: Some(reason),
-                });
-                Vec::new()
+            (After::Starting { offer, .. }, Event::Running) => {
+                self.doubt = None;
+                (After::Confirming { confirm: Asking::from(now), offer }, vec![Command::Confirm])
             }
-            (After::Confirming { give_up, retry, trouble }, Event::Tick) => {
-                if now >= give_up {
-                    let trouble = trouble.unwrap_or_else(|| "no answer".to_owned());
-                    let reason = format!(
-                        "the gate points at the target, but the target did not confirm that it runs: {trouble}. \
-                         Look at both sites, then flip or resume by hand"
-                    );
-                    self.finish(Outcome::InDoubt, Some(reason), now);
-                    Vec::new()
-                } else if retry.is_some_and(|retry| now >= retry) {
-                    self.state = State::After(After::Confirming { give_up, retry: None, trouble });
-                    vec![Command::Go]
-                } else {
-                    Vec::new()
+            (After::Starting { mut go, offer, confirmed }, Event::TargetFailed(trouble)) => {
+                go.failed(trouble, now);
+                (After::Starting { go, offer, confirmed }, Vec::new())
+            }
+            // It was lost before it ran, with its agent for instance. So the source's is the newest state.
+            (After::Starting { confirmed: false, .. }, Event::TargetDropped) => {
+                let reason = "the target lost its copy before it ran".to_owned();
+                self.doubt = None;
+                self.roll_back(Some(Closed::Flipped), reason, now);
+                return vec![Command::Hold];
+            }
+            (After::Starting { mut go, offer, confirmed }, Event::Tick) => {
+                if now >= go.give_up && self.doubt.is_none() {
+                    self.doubt = Some(format!(
+                        "the gate points at the target, but the target does not say that it runs: {}. It goes on when \
+                         the target's agent answers; if it never will, say how it ends",
+                        go.trouble()
+                    ));
                 }
+                // The last offer's time may be over, or `go` came and its answer was lost: this one tells which.
+                let commands = if go.is_due(now) { vec![Command::Offer] } else { Vec::new() };
+                (After::Starting { go, offer, confirmed }, commands)
             }
-            (After::Releasing { .. }, Event::Released) => {
+            (After::Confirming { .. }, Event::Confirmed) => {
+                self.doubt = None;
+                self.phases.enter("release", now);
+                let asking = Asking { retry: Some(now + CATCHING_UP), ..Asking::from(now) };
+                (After::Releasing(asking), Vec::new())
+            }
+            (After::Confirming { mut confirm, offer }, Event::TargetFailed(trouble)) => {
+                confirm.failed(trouble, now);
+                (After::Confirming { confirm, offer }, Vec::new())
+            }
+            (After::Confirming { mut confirm, offer }, Event::Tick) => {
+                if now >= confirm.give_up && self.doubt.is_none() {
+                    self.doubt = Some(format!(
+                        "the target ran, but cannot be told to go on when its lease ends: {}. It goes on when the \
+                         target's agent answers; if it never will, say how it ends",
+                        confirm.trouble()
+                    ));
+                }
+                if !confirm.is_due(now) {
+                    return self.stay(After::Confirming { confirm, offer });
+                }
+                // It may be suspended by now: the answer to this question tells.
+                (After::Starting { go: confirm, offer, confirmed: true }, vec![Command::Offer])
+            }
+            (After::Releasing(_), Event::Released) => {
                 self.finish(Outcome::Committed, None, now);
-                Vec::new()
+                return Vec::new();
             }
-            (After::Releasing { give_up, .. }, Event::SourceFailed(reason)) => {
-                self.state = State::After(After::Releasing {
-                    give_up,
-                    retry: Some(now + RETRY_PAUSE),
-                    trouble: Some(reason),
-                });
-                Vec::new()
+            (After::Releasing(mut release), Event::SourceFailed(trouble)) => {
+                release.failed(trouble, now);
+                (After::Releasing(release), Vec::new())
             }
-            (After::Releasing { give_up, retry, trouble }, Event::Tick) => {
-                if now >= give_up {
-                    let trouble = trouble.unwrap_or_else(|| "no answer".to_owned());
+            (After::Releasing(mut release), Event::Tick) => {
+                if now >= release.give_up {
                     let reason = format!(
-                        "the target runs and serves, but the source did not confirm that its copy is gone: \
-                         {trouble}. Clients do not hear it; stop it there"
+                        "the target runs and serves, but the source did not confirm that its copy is gone: {}. It is \
+                         stopped and clients do not hear it; remove it there",
+                        release.trouble()
                     );
                     self.finish(Outcome::Committed, Some(reason), now);
-                    Vec::new()
-                } else if retry.is_some_and(|retry| now >= retry) {
-                    self.state = State::After(After::Releasing { give_up, retry: None, trouble });
-                    vec![Command::Release]
-                } else {
-                    Vec::new()
+                    return Vec::new();
                 }
+                let commands = if release.is_due(now) { vec![Command::Release] } else { Vec::new() };
+                (After::Releasing(release), commands)
             }
             // There is no way back from here: neither an abort nor any failure changes the direction.
-            (
-                After::Confirming { .. } | After::Releasing { .. },
-                Event::TargetPrepared
-                | Event::SourcePrepared
-                | Event::Held { .. }
-                | Event::Drained
-                | Event::Frozen
-                | Event::Dumped
-                | Event::Received
-                | Event::Restored
-                | Event::Flipped
-                | Event::CutoverRefused(_)
-                | Event::Running
-                | Event::Released
-                | Event::SourceResumed
-                | Event::TargetDropped
-                | Event::GateResumed
-                | Event::ResumeRefused(_)
-                | Event::SourceFailed(_)
-                | Event::TargetFailed(_)
-                | Event::Abort,
-            ) => Vec::new(),
+            (after, _) => (after, Vec::new()),
+        };
+        self.state = State::After(next);
+        commands
+    }
+
+    fn stay(&mut self, after: After) -> Vec<Command> {
+        self.state = State::After(after);
+        Vec::new()
+    }
+
+    fn resolve_after(&mut self, verdict: Verdict, now: Duration) -> Vec<Command> {
+        self.doubt = None;
+        match verdict {
+            Verdict::Committed => {
+                let reason = "an operator said so; the source's copy is stopped and has to be removed there";
+                self.finish(Outcome::Committed, Some(reason.to_owned()), now);
+                Vec::new()
+            }
+            Verdict::RolledBack => {
+                let reason = "an operator said so; the target may hold a suspended copy".to_owned();
+                // What the target holds is waited for no longer than anything else that is cut off.
+                self.roll_back(Some(Closed::Flipped), reason, now);
+                vec![Command::Hold]
+            }
         }
     }
 
     fn on_rolling_back(&mut self, mut back: RollingBack, event: Event, now: Duration) -> Vec<Command> {
         let mut commands = Vec::new();
+        let resolved = match event {
+            Event::Resolve(verdict) => self.may_resolve(verdict, now).is_ok(),
+            _ => false,
+        };
         match event {
-            Event::SourceResumed if !back.source_runs => {
+            Event::Held { generation } if back.gate == Some(Closed::Flipped) => {
+                back.gate = Some(Closed::AtTarget { generation });
+                commands.extend([Command::ResumeSource, Command::DropTarget]);
+            }
+            Event::SourceResumed if !back.source_runs && back.gate != Some(Closed::Flipped) => {
+                self.doubt = None;
                 back.source_runs = true;
-                back.retry = None;
-                commands.extend(back.gate.map(|generation| Command::ResumeGate { generation }));
+                back.asking.retry = None;
+                commands.extend(back.gate.map(Closed::open));
+            }
+            Event::Resolve(_) if resolved => {
+                self.doubt = None;
+                back.source_runs = true;
+                back.target_gone = true;
+                back.asking.retry = None;
+                back.reason += "; an operator said that the source runs";
+                commands.extend(back.gate.map(Closed::open));
             }
             // Only a source behind a closed gate can be frozen: without one there is nothing to wait for.
             Event::SourceFailed(_) if back.gate.is_none() => back.source_runs = true,
-            Event::SourceFailed(_) if !back.source_runs => back.retry = Some(now + RETRY_PAUSE),
+            Event::SourceFailed(trouble) if !back.source_runs => back.asking.failed(trouble, now),
             Event::TargetDropped | Event::TargetFailed(_) => back.target_gone = true,
             Event::GateResumed => back.gate = None,
-            Event::ResumeRefused(why) => {
+            Event::ResumeRefused(why) | Event::CutoverRefused(why) => {
                 let reason = format!(
                     "{}; and the gate could not be opened to the source again: {why}. Resume it by hand",
                     back.reason
@@ -466,20 +744,21 @@ impl Machine {
                 self.finish(Outcome::InDoubt, Some(reason), now);
                 return Vec::new();
             }
-            Event::Tick if now >= back.give_up => {
-                back.target_gone = true;
-                if !back.source_runs {
-                    // An agent that died took its CRIU's controller with it, and one that lives falls
-                    // back at the deadline: by now the source runs, whether or not it could say so.
-                    back.source_runs = true;
-                    back.retry = None;
-                    back.reason += "; the source's agent did not confirm that the source runs again";
-                    commands.extend(back.gate.map(|generation| Command::ResumeGate { generation }));
+            Event::Tick => {
+                if now >= back.asking.give_up {
+                    back.target_gone = true;
+                    if !back.source_runs && self.doubt.is_none() {
+                        self.doubt = Some(format!(
+                            "{}; and the source's agent does not say that the source runs again: {}. It goes on when \
+                             the agent answers",
+                            back.reason,
+                            back.asking.trouble()
+                        ));
+                    }
                 }
-            }
-            Event::Tick if back.retry.is_some_and(|retry| now >= retry) => {
-                back.retry = None;
-                commands.push(Command::ResumeSource);
+                if back.asking.is_due(now) {
+                    commands.push(Command::ResumeSource);
+                }
             }
             // Old news from the way forward, and answers that were already taken.
             Event::TargetPrepared
@@ -489,15 +768,15 @@ impl Machine {
             | Event::Frozen
             | Event::Dumped
             | Event::Received
-            | Event::Restored
+            | Event::Restored { .. }
             | Event::Flipped
-            | Event::CutoverRefused(_)
             | Event::Running
+            | Event::Confirmed
             | Event::Released
             | Event::SourceResumed
             | Event::SourceFailed(_)
-            | Event::Abort
-            | Event::Tick => {}
+            | Event::Resolve(_)
+            | Event::Abort => {}
         }
         if back.source_runs && back.gate.is_none() && back.target_gone {
             self.finish(Outcome::RolledBack, Some(back.reason), now);
@@ -507,7 +786,7 @@ impl Machine {
         commands
     }
 
-    fn roll_back(&mut self, gate: Option<u32>, reason: String, now: Duration) -> Vec<Command> {
+    fn roll_back(&mut self, gate: Option<Closed>, reason: String, now: Duration) -> Vec<Command> {
         let untouched = matches!(self.state, State::Before(Before::PreparingTarget));
         self.phases.enter("rollback", now);
         self.state = State::RollingBack(RollingBack {
@@ -515,17 +794,9 @@ impl Machine {
             gate,
             source_runs: untouched,
             target_gone: false,
-            give_up: now + self.hold_deadline + MARGIN + MARGIN,
-            retry: None,
+            asking: Asking::from(now),
         });
         if untouched { vec![Command::DropTarget] } else { vec![Command::ResumeSource, Command::DropTarget] }
-    }
-
-    fn go_forward(&mut self, now: Duration) -> Vec<Command> {
-        self.phases.enter("confirm", now);
-        self.state =
-            State::After(After::Confirming { give_up: now + FORWARD_LIMIT, retry: None, trouble: None });
-        vec![Command::Go]
     }
 
     fn deadline_passed(&self) -> String {
@@ -537,6 +808,7 @@ impl Machine {
 
     fn finish(&mut self, outcome: Outcome, reason: Option<String>, now: Duration) {
         self.phases.close(now);
+        self.doubt = None;
         self.state = State::Finished { outcome, reason };
     }
 }

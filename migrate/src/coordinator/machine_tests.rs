@@ -8,6 +8,7 @@ use crate::coordinator::phases::PHASES;
 
 const HOLD: Duration = Duration::from_secs(5);
 const GENERATION: u32 = 7;
+const OFFER: u32 = 3;
 
 fn text() -> String {
     "x".to_owned()
@@ -22,10 +23,11 @@ fn every_event() -> Vec<Event> {
         Event::Frozen,
         Event::Dumped,
         Event::Received,
-        Event::Restored,
+        Event::Restored { offer: OFFER },
         Event::Flipped,
         Event::CutoverRefused(text()),
         Event::Running,
+        Event::Confirmed,
         Event::Released,
         Event::SourceResumed,
         Event::TargetDropped,
@@ -34,6 +36,8 @@ fn every_event() -> Vec<Event> {
         Event::SourceFailed(text()),
         Event::TargetFailed(text()),
         Event::Abort,
+        Event::Resolve(Verdict::Committed),
+        Event::Resolve(Verdict::RolledBack),
         Event::Tick,
     ]
 }
@@ -60,11 +64,30 @@ fn forward() -> Vec<Event> {
         Event::Frozen,
         Event::Dumped,
         Event::Received,
-        Event::Restored,
+        Event::Restored { offer: OFFER },
         Event::Flipped,
         Event::Running,
+        Event::Confirmed,
         Event::Released,
     ]
+}
+
+/// Lets time pass until an operator is wanted; every question fails.
+fn doubtful(mut machine: Machine) -> Machine {
+    while machine.doubt().is_none() {
+        let now = machine.wake_at().expect("something is waited for");
+        for command in machine.on(Event::Tick, now) {
+            let failed = match command {
+                Command::Go { .. } | Command::Offer | Command::Confirm => {
+                    Event::TargetFailed("connection reset".to_owned())
+                }
+                Command::ResumeSource => Event::SourceFailed("connection reset".to_owned()),
+                other => panic!("{other:?}"),
+            };
+            machine.on(failed, now);
+        }
+    }
+    machine
 }
 
 /// One machine in each state, with its name.
@@ -78,9 +101,13 @@ fn every_state() -> Vec<(&'static str, Machine)> {
         ("moving", after(&way[..3])),
         ("restoring", after(&way[..7])),
         ("flipping", after(&way[..8])),
-        ("confirming", after(&way[..9])),
-        ("releasing", after(&way[..10])),
+        ("starting", after(&way[..9])),
+        ("starting, in doubt", doubtful(after(&way[..9]))),
+        ("confirming", after(&way[..10])),
+        ("confirming, in doubt", doubtful(after(&way[..10]))),
+        ("releasing", after(&way[..11])),
         ("rolling back", after(&back(&[Event::Abort]))),
+        ("rolling back, in doubt", doubtful(after(&back(&[Event::Abort])))),
         ("rolling back, source runs", after(&back(&[Event::Abort, Event::SourceResumed]))),
         ("committed", after(&way)),
         ("in doubt", after(&back(&[Event::Abort, Event::SourceResumed, Event::ResumeRefused(text())]))),
@@ -111,7 +138,8 @@ fn every_pair() {
     for (name, machine) in every_state() {
         for event in every_event() {
             let mut next = machine.clone();
-            let commands = next.on(event.clone(), ms(20));
+            let now = ms(20) + FORWARD_LIMIT;
+            let commands = next.on(event.clone(), if machine.doubt().is_some() { now } else { ms(20) });
             let pair = format!("{name} + {event:?} -> {:?} {commands:?}", next.state());
             let (from, to) = (direction(&machine), direction(&next));
             match from {
@@ -124,9 +152,18 @@ fn every_pair() {
                 "before" => {
                     assert!(to == "before" || (name, &event) == ("flipping", &Event::Flipped), "{pair}")
                 }
+                "after"
+                    if name == "starting, in doubt" && event == Event::Resolve(Verdict::RolledBack)
+                        || name.starts_with("starting") && event == Event::TargetDropped =>
+                {
+                    assert_eq!(to, "back", "{pair}");
+                    assert_eq!(commands, [Command::Hold], "{pair}");
+                }
                 "after" => {
                     assert!(to == "after" || to == "finished", "{pair}");
-                    let only_forward = |c: &Command| matches!(c, Command::Go | Command::Release);
+                    let only_forward = |c: &Command| {
+                        matches!(c, Command::Go { .. } | Command::Offer | Command::Confirm | Command::Release)
+                    };
                     assert!(commands.iter().all(only_forward), "{pair}");
                 }
                 "back" => {
@@ -149,7 +186,7 @@ fn every_pair() {
 fn the_way_forward() {
     let (mut machine, commands) = Machine::start(HOLD);
     assert_eq!(commands, [Command::PrepareTarget]);
-    let expected: [&[Command]; 11] = [
+    let expected: [&[Command]; 12] = [
         &[Command::PrepareSource],
         &[Command::Hold],
         &[Command::Freeze],
@@ -158,13 +195,14 @@ fn the_way_forward() {
         &[],
         &[],
         &[Command::Flip { generation: GENERATION }],
-        &[Command::Go],
+        &[Command::Go { offer: OFFER }],
+        &[Command::Confirm],
         &[],
         &[],
     ];
     for (step, (event, expected)) in forward().into_iter().zip(expected).enumerate() {
         let now = ms(10 * (step as u64 + 1));
-        let runs = event == Event::Running;
+        let runs = event == Event::Confirmed;
         assert_eq!(machine.on(event, now), expected);
         if runs {
             assert_eq!(machine.wake_at(), Some(now + CATCHING_UP));
@@ -176,7 +214,7 @@ fn the_way_forward() {
     assert_eq!(names, PHASES);
     assert!(machine.phases().list().iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
     assert_eq!(machine.phases().list()[0].start_ms, 0.0);
-    assert_eq!(machine.phases().list()[8].end_ms, 110.0);
+    assert_eq!(machine.phases().list()[8].end_ms, 120.0);
 }
 
 #[test]
@@ -186,10 +224,11 @@ fn reports_that_overtake_each_other_change_no_decision() {
     machine.on(Event::Received, ms(30));
     assert_eq!(machine.on(Event::Dumped, ms(31)), []);
     let flip = Command::Flip { generation: GENERATION };
-    assert_eq!(machine.on(Event::Restored, ms(40)), [flip]);
+    assert_eq!(machine.on(Event::Restored { offer: OFFER }, ms(40)), [flip]);
     machine.on(Event::Flipped, ms(41));
     assert_eq!(machine.on(Event::Drained, ms(42)), []);
     machine.on(Event::Running, ms(43));
+    machine.on(Event::Confirmed, ms(43));
     machine.on(Event::Released, ms(44));
     let names: Vec<_> = machine.phases().list().iter().map(|phase| phase.name).collect();
     assert_eq!(names, PHASES);
@@ -214,30 +253,32 @@ fn the_gate_opens_only_when_the_source_runs() {
 }
 
 #[test]
-fn a_source_that_does_not_answer_is_asked_again_and_then_taken_to_run() {
+fn a_source_that_does_not_answer_is_asked_until_it_does_and_the_gate_stays_closed() {
     let mut machine = after(&forward()[..7]);
     machine.on(Event::Abort, ms(100));
     machine.on(Event::TargetDropped, ms(101));
-    let mut asked = 0;
-    let mut now = ms(101);
-    loop {
-        machine.on(Event::SourceFailed(text()), now);
+    let (mut asked, mut now) = (0, ms(101));
+    while now < ms(100) + 2 * FORWARD_LIMIT {
+        machine.on(Event::SourceFailed("no route".to_owned()), now);
         now = machine.wake_at().unwrap();
         match machine.on(Event::Tick, now)[..] {
             [Command::ResumeSource] => asked += 1,
-            [Command::ResumeGate { generation: GENERATION }] => break,
+            [] => {}
             ref other => panic!("{other:?}"),
         }
     }
     assert!(asked > 10);
-    assert!(now >= ms(100) + HOLD + MARGIN, "the source falls back after its own patience, not before");
+    assert!(machine.doubt().is_some_and(|doubt| doubt.contains("no route")));
+    assert!(machine.may_resolve(Verdict::Committed, now).is_err(), "the target never ran");
+    assert_eq!(machine.on(Event::SourceResumed, now), [Command::ResumeGate { generation: GENERATION }]);
+    assert_eq!(machine.doubt(), None);
     machine.on(Event::GateResumed, now);
     assert!(matches!(machine.state(), State::Finished { outcome: Outcome::RolledBack, .. }));
 }
 
 #[test]
 fn a_deadline_that_passes_rolls_back_even_if_the_restore_is_just_done() {
-    for event in [Event::Tick, Event::Restored] {
+    for event in [Event::Tick, Event::Restored { offer: OFFER }] {
         let mut machine = after(&forward()[..7]);
         let deadline = machine.wake_at().unwrap();
         assert_eq!(machine.on(Event::Tick, deadline - ms(1)), []);
@@ -247,24 +288,53 @@ fn a_deadline_that_passes_rolls_back_even_if_the_restore_is_just_done() {
 }
 
 #[test]
-fn go_is_said_until_it_is_answered_or_an_operator_is_asked() {
+fn go_is_said_until_it_is_answered_however_late() {
     let mut machine = after(&forward()[..9]);
     machine.on(Event::TargetFailed("connection reset".to_owned()), ms(60));
     let retry = machine.wake_at().unwrap();
-    assert_eq!(machine.on(Event::Tick, retry), [Command::Go]);
+    assert_eq!(machine.on(Event::Tick, retry), [Command::Offer]);
+    assert_eq!(machine.on(Event::Restored { offer: OFFER }, retry), [], "that one was tried");
+    let next = Event::Restored { offer: OFFER + 1 };
+    assert_eq!(machine.on(next, retry), [Command::Go { offer: OFFER + 1 }]);
     // Nothing is left to do but to wait for the answer.
     assert!(machine.on(Event::Tick, retry).is_empty());
-    let give_up = machine.wake_at().unwrap();
-    assert!(machine.on(Event::Tick, give_up).is_empty());
-    let State::Finished { outcome: Outcome::InDoubt, reason: Some(reason) } = machine.state() else {
-        panic!("{:?}", machine.state())
-    };
-    assert!(reason.contains("connection reset"), "{reason}");
+    let mut machine = doubtful(machine);
+    assert!(machine.doubt().is_some_and(|doubt| doubt.contains("connection reset")));
+    assert_eq!(machine.on(Event::Running, 2 * FORWARD_LIMIT), [Command::Confirm]);
+    assert_eq!(machine.doubt(), None);
+}
+
+#[test]
+fn an_operator_says_how_a_doubt_ends_and_not_before_the_lease_is_over() {
+    let way = forward();
+    let mut machine = doubtful(after(&way[..9]));
+    let early = LEASE + MARGIN - ms(1);
+    assert!(machine.may_resolve(Verdict::RolledBack, early).is_err_and(|why| why.contains("lease")));
+    let late = 3 * FORWARD_LIMIT;
+    assert_eq!(machine.may_resolve(Verdict::RolledBack, late), Ok(()));
+    assert_eq!(machine.on(Event::Resolve(Verdict::RolledBack), late), [Command::Hold]);
+    let back = machine.on(Event::Held { generation: 9 }, late);
+    assert_eq!(back, [Command::ResumeSource, Command::DropTarget]);
+    assert_eq!(machine.on(Event::SourceResumed, late), [Command::FlipBack { generation: 9 }]);
+    machine.on(Event::GateResumed, late);
+    machine.on(Event::TargetFailed(text()), late);
+    assert!(matches!(machine.state(), State::Finished { outcome: Outcome::RolledBack, .. }));
+
+    let mut machine = doubtful(after(&way[..10]));
+    assert!(
+        machine.may_resolve(Verdict::RolledBack, late).is_err_and(|why| why.contains("only be committed"))
+    );
+    assert_eq!(machine.on(Event::Resolve(Verdict::Committed), late), []);
+    assert!(matches!(machine.state(), State::Finished { outcome: Outcome::Committed, reason: Some(_) }));
+
+    let mut machine = after(&way[..9]);
+    assert_eq!(machine.on(Event::Resolve(Verdict::Committed), ms(70)), [], "nothing is in doubt");
+    assert_eq!(direction(&machine), "after");
 }
 
 #[test]
 fn a_source_that_cannot_be_released_is_no_reason_to_doubt_the_target() {
-    let mut machine = after(&forward()[..10]);
+    let mut machine = after(&forward()[..11]);
     machine.on(Event::SourceFailed("gone".to_owned()), ms(60));
     while let Some(now) = machine.wake_at() {
         if machine.on(Event::Tick, now) == [Command::Release] {
@@ -282,9 +352,11 @@ fn recovery_takes_the_direction_that_the_gate_says() {
     let (mut back, commands) = Machine::recover_back(GENERATION, HOLD);
     assert_eq!(commands, [Command::ResumeSource, Command::DropTarget]);
     assert_eq!(back.on(Event::SourceResumed, ms(1)), [Command::ResumeGate { generation: GENERATION }]);
-    let (mut ahead, commands) = Machine::recover_forward(HOLD);
-    assert_eq!(commands, [Command::Go]);
-    assert_eq!(ahead.on(Event::Running, ms(1)), []);
+    let (mut ahead, commands) = Machine::recover_forward(false, HOLD);
+    assert_eq!(commands, [Command::Offer]);
+    assert_eq!(ahead.on(Event::Restored { offer: OFFER }, ms(0)), [Command::Go { offer: OFFER }]);
+    assert_eq!(ahead.on(Event::Running, ms(1)), [Command::Confirm]);
+    assert_eq!(ahead.on(Event::Confirmed, ms(1)), []);
     assert_eq!(ahead.on(Event::Tick, ms(1) + CATCHING_UP), [Command::Release]);
     ahead.on(Event::Released, ms(2));
     assert_eq!(*ahead.state(), State::Finished { outcome: Outcome::Committed, reason: None });
@@ -295,27 +367,36 @@ fn any_event() -> impl Strategy<Value = Event> {
 }
 
 proptest! {
-    /// Whatever comes in whatever order: one hold, one flip, `go` only after the flip, `release` only after
-    /// `Running`, no way back after the flip, the gate opened only while it is closed, and an end.
+    /// Whatever comes in whatever order: one hold before the flip, one flip, `go` only after it, `release` only after
+    /// `Confirmed`, no way back after the flip but an operator's, the gate opened only while it is closed and the
+    /// source runs, and no end but by an answer.
     #[test]
-    fn any_history_is_safe_and_ends(history in prop::collection::vec((any_event(), 0u64..3000), 0..60)) {
+    fn any_history_is_safe(history in prop::collection::vec((any_event(), 0u64..20_000), 0..60)) {
         let (mut machine, mut commands) = Machine::start(HOLD);
-        let (mut now, mut history) = (Duration::ZERO, history.into_iter());
-        let (mut held, mut flipped, mut running, mut resumed, mut opened) = (0, false, false, false, 0);
-        for _ in 0..5000 {
+        let mut now = Duration::ZERO;
+        let (mut held, mut flipped, mut confirmed, mut resumed, mut opened) = (0, false, false, false, 0);
+        let mut resolved = false;
+        for (event, pause) in history {
             for command in &commands {
                 match command {
-                    Command::Hold => held += 1,
+                    Command::Hold => {
+                        held += 1;
+                        prop_assert!(held == 1 || resolved);
+                    }
                     Command::Flip { generation } => {
                         prop_assert_eq!((*generation, held), (GENERATION, 1));
                         prop_assert!(!flipped);
                     }
-                    Command::Go => prop_assert!(flipped),
-                    Command::Release => prop_assert!(flipped && running),
-                    Command::ResumeSource | Command::DropTarget => prop_assert!(!flipped),
+                    Command::Go { .. } | Command::Offer | Command::Confirm => prop_assert!(flipped && !resolved),
+                    Command::Release => prop_assert!(flipped && confirmed && !resolved),
+                    Command::ResumeSource | Command::DropTarget => prop_assert!(!flipped || resolved),
                     Command::ResumeGate { .. } => {
                         prop_assert!(!flipped && held == 1);
-                        prop_assert!(resumed || now >= HOLD + MARGIN);
+                        prop_assert!(resumed || resolved);
+                        opened += 1;
+                    }
+                    Command::FlipBack { .. } => {
+                        prop_assert!(flipped && resolved);
                         opened += 1;
                     }
                     Command::PrepareTarget | Command::PrepareSource | Command::Freeze => {
@@ -324,28 +405,22 @@ proptest! {
                 }
             }
             prop_assert!(opened <= 1);
-            let event = match history.next() {
-                Some((event, pause)) => {
-                    now += ms(pause);
-                    event
-                }
-                None => {
-                    let Some(wake) = machine.wake_at() else { break };
-                    now = now.max(wake);
-                    Event::Tick
-                }
-            };
+            now += ms(pause);
             let before = direction(&machine);
+            let gone = event == Event::TargetDropped;
             let was_flipping = matches!(machine.state(), State::Before(Before::Flipping { .. }));
-            running |= before == "after" && event == Event::Running;
+            confirmed |= before == "after" && event == Event::Confirmed;
             resumed |= event == Event::SourceResumed && before == "back";
             flipped |= was_flipping && event == Event::Flipped;
+            if let Event::Resolve(verdict) = event {
+                resolved |= machine.may_resolve(verdict, now).is_ok();
+            }
             commands = machine.on(event, now);
+            resolved |= before == "after" && !confirmed && gone && direction(&machine) == "back";
+            if before == "after" && direction(&machine) == "back" {
+                prop_assert!(resolved, "only an operator's word leads back");
+            }
         }
-        // Only the load balancer's own answers, which come at once, can be missing.
-        let waits_for_cutover = matches!(machine.state(), State::Before(Before::Holding | Before::Flipping { .. }))
-            || matches!(machine.state(), State::RollingBack(back) if back.source_runs && back.gate.is_some());
-        prop_assert!(direction(&machine) == "finished" || waits_for_cutover, "{:?}", machine.state());
         prop_assert!(machine.phases().list().iter().all(|phase| phase.start_ms <= phase.end_ms));
     }
 }

@@ -183,7 +183,8 @@ pub async fn recover(
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
     let (machine, commands) = if active_site == spec.target.site {
-        machine::Machine::recover_forward(spec.hold.deadline)
+        // What a former coordinator said is not known here: the safe side.
+        machine::Machine::recover_forward(true, spec.hold.deadline)
     } else {
         machine::Machine::recover_back(generation, spec.hold.deadline)
     };
@@ -192,3 +193,5 @@ pub async fn recover(
 
 #[cfg(test)]
 mod machine_tests;
+#[cfg(test)]
+mod model;

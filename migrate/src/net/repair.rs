@@ -17,23 +17,55 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// Stops all processes of a holder's pid namespace (a CRIU that restores in it too) and puts their TCP
 /// sockets into repair mode, in which the kernel closes them silently. The caller kills them then.
 pub async fn disconnect(holder_pid: i32) {
-    let pids = processes::in_namespace_of(holder_pid);
     // First of all they are stopped: a restore that goes on would end the repair mode again.
-    for pid in &pids {
-        // One that has ended is as good as stopped.
-        let _ = kill(Pid::from_raw(*pid), Signal::SIGSTOP);
-    }
+    let pids = stop(|| processes::in_namespace_of(holder_pid)).await;
+    let sockets = set_repair(&pids, true);
+    tracing::debug!(processes = pids.len(), sockets, "taken off the wire");
+}
+
+/// Stops the workload of a holder, all of it.
+pub async fn suspend(holder_pid: i32) {
+    stop(|| processes::descendants(holder_pid)).await;
+}
+
+/// Sends a signal to all processes of a holder's workload at this moment.
+pub fn signal(holder_pid: i32, signal: Signal) {
+    signal_each(&processes::descendants(holder_pid), signal);
+}
+
+/// Stops processes, and those that are born meanwhile; all of them.
+async fn stop(list: impl Fn() -> Vec<i32>) -> Vec<i32> {
     let until = Instant::now() + STOP_LIMIT;
-    while pids.iter().any(|pid| runs(*pid)) && Instant::now() < until {
+    let mut pids = list();
+    loop {
+        signal_each(&pids, Signal::SIGSTOP);
+        let now = list();
+        if now == pids && !pids.iter().any(|pid| runs(*pid)) || Instant::now() >= until {
+            return pids;
+        }
+        pids = now;
         tokio::time::sleep(PAUSE).await;
     }
-    let sockets = pids
-        .iter()
-        .flat_map(|pid| processes::sockets(*pid))
-        // Other kinds of sockets refuse, and need nothing.
-        .filter(|socket| setsockopt(socket, TcpRepair, &1).is_ok())
-        .count();
-    tracing::debug!(processes = pids.len(), sockets, "taken off the wire");
+}
+
+fn signal_each(pids: &[i32], signal: Signal) {
+    for pid in pids {
+        // One that has ended needs none.
+        let _ = kill(Pid::from_raw(*pid), signal);
+    }
+}
+
+/// Ends the repair mode in which a CRIU that is gone left the sockets of a holder's workload.
+pub fn reconnect(holder_pid: i32) {
+    let pids = processes::descendants(holder_pid);
+    let sockets = set_repair(&pids, false);
+    tracing::debug!(processes = pids.len(), sockets, "back on the wire");
+}
+
+/// How many sockets took it; other kinds than TCP refuse, and need nothing.
+fn set_repair(pids: &[i32], on: bool) -> usize {
+    let sockets = pids.iter().flat_map(|pid| processes::sockets(*pid));
+    sockets.filter(|socket| setsockopt(socket, TcpRepair, &u32::from(on)).is_ok()).count()
 }
 
 fn runs(pid: i32) -> bool {

@@ -9,12 +9,14 @@
 //! | `GET /v1/migrations/{id}/events` | | [`AgentEvent`]s from the first on, one JSON object per line |
 //! | `POST /v1/migrations/{id}/freeze` | [`Freeze`] | 202; what comes of it is in the events |
 //! | `POST /v1/migrations/{id}/images` | image stream ([`frames`]) | 200 when complete |
-//! | `POST /v1/migrations/{id}/go` | [`Part`] | [`Running`] when the tasks run |
+//! | `POST /v1/migrations/{id}/offer` | [`Part`] | the number of the target's new offer; null where the workload runs |
+//! | `POST /v1/migrations/{id}/go` | [`Go`] | [`Running`] when the tasks run |
+//! | `POST /v1/migrations/{id}/confirm` | [`Part`] | 200 when the lease is off |
 //! | `POST /v1/migrations/{id}/release` | [`Part`] | 200 when the source is gone |
 //! | `POST /v1/migrations/{id}/abort` | [`Part`] | 200 when the source runs again / the target is gone |
 //! | `POST /v1/workloads/{name}/start`, `.../stop` | | 200 |
 //!
-//! `go`, `release` and `abort` may be repeated; the answer is the same. An agent that was restarted and does
+//! `go`, `confirm`, `release` and `abort` may be repeated; the answer is the same. An agent that was restarted and does
 //! not know the migration answers them from what it sees of the workload. Errors are
 //! `application/problem+json` ([`Problem`]).
 //!
@@ -75,6 +77,8 @@ pub struct Prepare {
     /// How long the load balancer will hold, from its hold on. An agent that hears nothing for this long
     /// and a margin falls back to the safe side.
     pub hold_deadline_ms: u64,
+    /// How long an offer of the target's stands. What was taken up and not confirmed by then is suspended.
+    pub lease_ms: u64,
 }
 
 /// The answer to [`Prepare`].
@@ -102,8 +106,18 @@ pub struct Part {
     pub workload: String,
 }
 
+/// Lets the target run, on a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Go {
+    /// The workload's name.
+    pub workload: String,
+    /// The target's offer that is taken up, from [`AgentEvent::Restored`].
+    pub offer: u32,
+}
+
 /// The answer to `go`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Running {
     /// When the tasks began to run, by the agent's `CLOCK_REALTIME`.
     pub at_unix_us: i64,
@@ -130,10 +144,17 @@ pub enum AgentEvent {
         /// Bytes on the wire, framing included.
         sent_bytes: u64,
     },
-    /// Target: restored up to the last step; not one instruction has run.
-    Restored,
+    /// Target: there is a copy whose tasks do not run, and `go` may let them.
+    Restored {
+        /// Number of the offer.
+        offer: u32,
+    },
     /// Target: the tasks run.
     Running(Running),
+    /// Target: the lease is off.
+    Confirmed,
+    /// Target: the lease ended unconfirmed; the tasks are stopped until it is confirmed.
+    Suspended,
     /// Source: the workload is gone from here.
     Released,
     /// Source: the workload runs here (again).
@@ -226,8 +247,9 @@ mod tests {
             protocol: Protocol::Tcp,
             target_url: Some("http://10.2.2.1:7401".into()),
             hold_deadline_ms: 5000,
+            lease_ms: 10_000,
         };
-        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","target_url":"http://10.2.2.1:7401","hold_deadline_ms":5000}"#;
+        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","target_url":"http://10.2.2.1:7401","hold_deadline_ms":5000,"lease_ms":10000}"#;
         assert_eq!(serde_json::to_string(&prepare).unwrap(), json);
         assert_eq!(serde_json::from_str::<Prepare>(json).unwrap(), prepare);
 
@@ -236,8 +258,10 @@ mod tests {
             (AgentEvent::Frozen { at_unix_us: 7 }, r#"{"event":"frozen","at_unix_us":7}"#),
             (AgentEvent::Dumped { image_bytes: 9 }, r#"{"event":"dumped","image_bytes":9}"#),
             (AgentEvent::Received { sent_bytes: 9 }, r#"{"event":"received","sent_bytes":9}"#),
-            (AgentEvent::Restored, r#"{"event":"restored"}"#),
+            (AgentEvent::Restored { offer: 0 }, r#"{"event":"restored","offer":0}"#),
             (AgentEvent::Running(Running { at_unix_us: 8 }), r#"{"event":"running","at_unix_us":8}"#),
+            (AgentEvent::Confirmed, r#"{"event":"confirmed"}"#),
+            (AgentEvent::Suspended, r#"{"event":"suspended"}"#),
             (AgentEvent::Released, r#"{"event":"released"}"#),
             (AgentEvent::Resumed(Running { at_unix_us: 8 }), r#"{"event":"resumed","at_unix_us":8}"#),
             (AgentEvent::Dropped, r#"{"event":"dropped"}"#),

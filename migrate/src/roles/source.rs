@@ -1,13 +1,17 @@
 //! The source of a migration: the workload runs here and is to leave.
 //!
 //! ```text
-//! Ready -> Draining -> Dumping -> Frozen -> Releasing -> Ended(Released)
-//!    \________\___________\__________\----> Resuming  -> Ended(Resumed)
+//! Ready -> Draining -> Dumping -> Frozen, Stopped -> Releasing -> Ended(Released)
+//!    \________\___________\________________\--------> Resuming  -> Ended(Resumed)
 //! ```
 //!
 //! `Ready` is CRIU waiting in its pre-dump hook: nothing is frozen yet. `Frozen` is CRIU waiting in its
-//! post-dump hook. Whatever fails or falls silent, the source ends up running, with its silence rules gone:
-//! only [`Event::Release`] leads to its death, and that only after the address is known to be silent.
+//! post-dump hook; `Stopped` is the same without CRIU.
+//!
+//! Until the first byte of the images leaves, whatever fails or falls silent, the source ends up running, with its
+//! silence rules gone. From then on another copy may come to life, and this one stays stopped until the coordinator
+//! says what becomes of it: neither patience that runs out, nor a failure, nor a crash of CRIU or the agent lets it
+//! run. Only [`Event::Release`] leads to its death, and that only after the address is known to be silent.
 
 use crate::protocol::{AgentEvent, Running};
 
@@ -15,7 +19,7 @@ use crate::protocol::{AgentEvent, Running};
 pub const IN_FLIGHT_TRIES: u32 = 3;
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Event {
     /// The coordinator: the gate is closed.
     Freeze,
@@ -28,7 +32,7 @@ pub enum Event {
         /// `CLOCK_REALTIME`.
         at_unix_us: i64,
     },
-    /// CRIU's post-dump hook: the images are complete.
+    /// CRIU's post-dump hook: the images are complete, and nothing has been sent.
     HookPostDump {
         /// Bytes of all images.
         image_bytes: u64,
@@ -41,7 +45,8 @@ pub enum Event {
     SilenceFailed(String),
     /// The images could not be sent, or the target did not take them.
     SendFailed(String),
-    /// CRIU has ended; the tasks are killed if it was told so, else they run.
+    /// CRIU has ended; the tasks are killed if it was told so, stopped if they are fenced, else they run. Also the
+    /// answer to `Revive` (they run) and to `Kill` (they are killed).
     CriuEnded {
         /// `CLOCK_REALTIME`.
         at_unix_us: i64,
@@ -69,6 +74,14 @@ pub enum Command {
     Yes,
     /// Tell CRIU to undo and let the tasks run.
     No,
+    /// Stop every task so that it stays stopped, whatever becomes of CRIU and of this agent.
+    Fence,
+    /// Undo `Fence`; they run when CRIU lets them.
+    Unfence,
+    /// Undo `Fence` and what a CRIU that is gone has left; answer with `CriuEnded`.
+    Revive,
+    /// Kill every task without a word on its connections; answer with `CriuEnded`.
+    Kill,
     /// Start another CRIU for another dump, up to its pre-dump hook.
     DumpAgain,
     /// Put the silence rules in place; answer with `Silenced` or `SilenceFailed`.
@@ -84,7 +97,7 @@ pub enum Command {
 }
 
 /// What is known of the silence rules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Silence {
     /// Nothing was asked for.
     Off,
@@ -95,7 +108,7 @@ pub enum Silence {
 }
 
 /// Where the source is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// CRIU waits in its pre-dump hook; the workload runs.
     Ready,
@@ -129,6 +142,13 @@ pub enum State {
         /// The coordinator wants it released, and the silence is waited for.
         release: bool,
     },
+    /// Dumped and stopped, but CRIU is gone.
+    Stopped {
+        /// The silence rules.
+        silence: Silence,
+        /// The coordinator wants it released, and the silence is waited for.
+        release: bool,
+    },
     /// CRIU undoes the dump and the silence rules are being removed.
     Resuming {
         /// CRIU has ended, at this `CLOCK_REALTIME`.
@@ -146,7 +166,7 @@ pub enum State {
 }
 
 /// How the source's part ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum End {
     /// The workload is gone from here.
     Released,
@@ -166,7 +186,8 @@ impl State {
             Self::Draining { tries } => Self::draining(tries, event),
             Self::Dumping { tries, silence, doomed } => Self::dumping(tries, silence, doomed, event),
             Self::Retrying { tries, silent, hooked } => Self::retrying(tries, silent, hooked, event),
-            Self::Frozen { silence, release } => Self::frozen(silence, release, event),
+            Self::Frozen { silence, release } => Self::fenced(true, silence, release, event),
+            Self::Stopped { silence, release } => Self::fenced(false, silence, release, event),
             Self::Resuming { runs_at, silent } => Self::resuming(runs_at, silent, event),
             Self::Releasing { killed } => Self::releasing(killed, event),
             Self::Ended(end) => (Self::Ended(end), Vec::new()),
@@ -209,7 +230,7 @@ impl State {
                 Some(reason) => Self::undo(Some(reason), silence),
                 None => (
                     Self::Frozen { silence, release: false },
-                    vec![Command::Send, Command::Report(AgentEvent::Dumped { image_bytes })],
+                    vec![Command::Fence, Command::Send, Command::Report(AgentEvent::Dumped { image_bytes })],
                 ),
             },
             Event::CriuEnded { in_flight: true, .. } if tries > 0 && doomed.is_none() => {
@@ -256,24 +277,36 @@ impl State {
         (Self::Retrying { tries, silent, hooked }, Vec::new())
     }
 
-    fn frozen(silence: Silence, release: bool, event: Event) -> (Self, Vec<Command>) {
+    /// Images may be at the target, so only the coordinator knows which copy is to live.
+    fn fenced(criu: bool, silence: Silence, release: bool, event: Event) -> (Self, Vec<Command>) {
+        let stay = |silence, release| match criu {
+            true => Self::Frozen { silence, release },
+            false => Self::Stopped { silence, release },
+        };
+        let failed = |reason| vec![Command::Report(AgentEvent::Failed { reason })];
+        let kill = if criu { Command::Yes } else { Command::Kill };
         match event {
-            Event::Silenced if release => (Self::Releasing { killed: false }, vec![Command::Yes]),
-            Event::Silenced => (Self::Frozen { silence: Silence::On, release }, Vec::new()),
-            Event::Release if silence == Silence::On => {
-                (Self::Releasing { killed: false }, vec![Command::Yes])
+            // A target that runs already does not wait for rules that do not come: CRIU kills this copy with its
+            // connections in repair mode, which says nothing, and the load balancer drops what a former location
+            // sends.
+            Event::Silenced | Event::SilenceFailed(_) if release => {
+                (Self::Releasing { killed: false }, vec![kill])
             }
-            Event::Release => (Self::Frozen { silence, release: true }, Vec::new()),
-            Event::SilenceFailed(reason) | Event::SendFailed(reason) if !release => {
-                Self::undo(Some(reason), silence)
+            Event::Silenced => (stay(Silence::On, release), Vec::new()),
+            Event::SilenceFailed(reason) => (stay(Silence::Off, release), failed(reason)),
+            Event::Release if silence == Silence::Pending => (stay(silence, true), Vec::new()),
+            Event::Release => (Self::Releasing { killed: false }, vec![kill]),
+            Event::SendFailed(reason) if !release => (stay(silence, release), failed(reason)),
+            Event::CriuEnded { failed: why, .. } if criu => {
+                (Self::Stopped { silence, release }, failed(ended_early(why)))
             }
-            // The target runs, so this copy has to go: CRIU kills it with its connections in repair mode,
-            // which says nothing, and the load balancer drops what a former location sends.
-            Event::SilenceFailed(_) => (Self::Releasing { killed: false }, vec![Command::Yes]),
-            Event::CriuEnded { at_unix_us, failed, .. } => Self::gone(at_unix_us, failed, silence),
-            Event::Abort if !release => Self::undo(None, silence),
-            Event::Expired if !release => Self::undo(Some(expired()), silence),
-            _ => (Self::Frozen { silence, release }, Vec::new()),
+            Event::Abort if !release => {
+                let mut commands =
+                    if criu { vec![Command::Unfence, Command::No] } else { vec![Command::Revive] };
+                commands.extend(lift(silence));
+                (Self::Resuming { runs_at: None, silent: silence != Silence::Off }, commands)
+            }
+            _ => (stay(silence, release), Vec::new()),
         }
     }
 

@@ -51,10 +51,14 @@ fn every_state() -> Vec<State> {
             }
         }
         states.push(State::Frozen { silence: Silence::Pending, release: flag });
+        states.push(State::Stopped { silence: Silence::Pending, release: flag });
         states.push(State::Resuming { runs_at: None, silent: flag });
         states.push(State::Releasing { killed: flag });
     }
-    states.push(State::Frozen { silence: Silence::On, release: false });
+    for silence in [Silence::Off, Silence::On] {
+        states.push(State::Frozen { silence, release: false });
+        states.push(State::Stopped { silence, release: false });
+    }
     states.push(State::Resuming { runs_at: Some(AT), silent: true });
     states.push(State::Ended(End::Released));
     states.push(State::Ended(End::Resumed { at_unix_us: AT }));
@@ -69,8 +73,12 @@ fn every_pair() {
             let pair = format!("{state:?} + {event:?} -> {next:?} {commands:?}");
             let releases = |state: &State| {
                 matches!(state, State::Releasing { .. } | State::Ended(End::Released))
-                    || matches!(state, State::Frozen { release: true, .. })
+                    || matches!(
+                        state,
+                        State::Frozen { release: true, .. } | State::Stopped { release: true, .. }
+                    )
             };
+            let fenced = |state: &State| matches!(state, State::Frozen { .. } | State::Stopped { .. });
             if releases(&next) && !releases(&state) {
                 assert_eq!(event, Event::Release, "only `release` leads to the source's end: {pair}");
             }
@@ -80,7 +88,12 @@ fn every_pair() {
             if matches!(state, State::Ended(_)) {
                 assert!(commands.is_empty() && next == state, "{pair}");
             }
-            if matches!(event, Event::Abort | Event::Expired) && !releases(&state) {
+            if fenced(&state) && !fenced(&next) && !releases(&next) {
+                assert_eq!(event, Event::Abort, "only the coordinator lets a fenced source run: {pair}");
+            }
+            if event == Event::Abort && !releases(&state)
+                || event == Event::Expired && !fenced(&state) && !releases(&state)
+            {
                 let on_its_way = match &next {
                     State::Resuming { .. } | State::Ended(_) => true,
                     State::Dumping { doomed, .. } => doomed.is_some(),
@@ -106,7 +119,7 @@ fn the_way_forward() {
         ),
         (
             Event::HookPostDump { image_bytes: 9 },
-            &[Command::Send, Command::Report(AgentEvent::Dumped { image_bytes: 9 })],
+            &[Command::Fence, Command::Send, Command::Report(AgentEvent::Dumped { image_bytes: 9 })],
         ),
         (Event::Release, &[]),
         (Event::Silenced, &[Command::Yes]),
@@ -159,6 +172,9 @@ struct World {
     release_asked: bool,
     sent: bool,
     silence_failed: bool,
+    /// The tasks stay stopped whatever CRIU does.
+    fenced: bool,
+    abort_asked: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,7 +186,9 @@ enum Criu {
     PostDump,
     Undoing,
     Killing,
+    /// It ended, or was killed itself, and left the tasks as they are.
     Gone,
+    Reviving,
     Killed,
 }
 
@@ -201,12 +219,32 @@ impl World {
                     self.criu = Criu::Undoing;
                 }
             }
+            Command::Fence => {
+                assert_eq!(self.criu, Criu::PostDump, "too early: it would be in the images");
+                assert!(!self.sent, "another copy may be alive already");
+                self.fenced = true;
+            }
+            Command::Unfence => self.unfence(),
+            Command::Revive => {
+                self.unfence();
+                assert_eq!(self.criu, Criu::Gone);
+                self.criu = Criu::Reviving;
+            }
+            Command::Kill => {
+                assert!(self.release_asked && self.criu == Criu::Gone);
+                self.criu = Criu::Killing;
+            }
             Command::DumpAgain => self.starting = true,
             Command::Silence => self.changes.push_back(true),
             Command::Lift => self.changes.push_back(false),
             Command::Send => self.sent = true,
             Command::Report(_) | Command::End => {}
         }
+    }
+
+    fn unfence(&mut self) {
+        assert!(self.fenced && self.abort_asked, "only the coordinator lets it run");
+        self.fenced = false;
     }
 
     /// What may happen next of its own accord.
@@ -232,7 +270,9 @@ impl World {
                     ended(Some("x"), true)
                 });
             }
+            Criu::PostDump if !luck => events.push(ended(Some("killed"), false)),
             Criu::Undoing => events.push(ended(Some("no"), false)),
+            Criu::Reviving => events.push(ended(None, false)),
             Criu::Killing => events.push(ended(None, false)),
             Criu::PreDump | Criu::PostDump | Criu::Gone | Criu::Killed => {}
         }
@@ -259,14 +299,15 @@ impl World {
                 self.criu = if self.criu == Criu::Killing { Criu::Killed } else { Criu::Gone };
             }
             Event::Release => self.release_asked = true,
+            Event::Abort => self.abort_asked = true,
             _ => {}
         }
     }
 }
 
 proptest! {
-    /// Whatever happens in whatever order, the source ends, and it ends running and heard unless it was
-    /// released.
+    /// Whatever happens in whatever order, the source ends once the coordinator has said how, and it ends running and
+    /// heard unless it was released.
     #[test]
     fn any_history_ends_safely(
         steps in prop::collection::vec((any::<prop::sample::Index>(), 0u8..10), 0..60),
@@ -280,7 +321,7 @@ proptest! {
                 break;
             }
             let event = match steps.next() {
-                Some((step, _)) if Some(step) == release_at && world.criu == Criu::PostDump => Event::Release,
+                Some((step, _)) if Some(step) == release_at && world.fenced => Event::Release,
                 Some((_, (_, 0))) => Event::Abort,
                 Some((_, (_, 1))) => Event::Expired,
                 Some((_, (_, 2))) => Event::Freeze,
@@ -289,8 +330,11 @@ proptest! {
                     let possible = world.possible(luck > 4);
                     if possible.is_empty() { Event::Freeze } else { which.get(&possible).clone() }
                 }
-                // Then nobody asks any more: what is under way ends, and patience runs out.
-                None => world.possible(true).into_iter().next().unwrap_or(Event::Expired),
+                // Then what is under way ends, patience runs out, and where it does not end that the coordinator speaks.
+                None => {
+                    let spoken = if world.fenced { Event::Abort } else { Event::Expired };
+                    world.possible(true).into_iter().next().unwrap_or(spoken)
+                }
             };
             world.happened(&event);
             let (next, commands) = state.on(event);
@@ -300,7 +344,7 @@ proptest! {
             }
         }
         match state {
-            State::Ended(End::Resumed { .. }) => prop_assert!(world.criu == Criu::Gone),
+            State::Ended(End::Resumed { .. }) => prop_assert!(world.criu == Criu::Gone && !world.fenced),
             State::Ended(End::Released) => prop_assert!(world.release_asked && world.criu == Criu::Killed),
             other => prop_assert!(false, "no end: {other:?} {world:?}"),
         }

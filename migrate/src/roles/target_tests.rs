@@ -5,6 +5,9 @@ use proptest::prelude::*;
 use super::*;
 
 const RUNNING: Running = Running { at_unix_us: 1 };
+const FIRST: Offer = Offer { number: 0, lapsed: false };
+const LAPSED: Offer = Offer { number: 0, lapsed: true };
+const GO: Event = Event::Go { offer: 0 };
 
 fn text() -> String {
     "x".to_owned()
@@ -18,7 +21,10 @@ fn every_event() -> Vec<Event> {
         Event::HookPostResume { at_unix_us: 1 },
         Event::CriuEnded { failed: None },
         Event::CriuEnded { failed: Some(text()) },
-        Event::Go,
+        Event::Offer,
+        Event::Go { offer: 0 },
+        Event::Go { offer: 1 },
+        Event::Confirm,
         Event::Abort,
         Event::Expired,
         Event::Dropped,
@@ -29,9 +35,36 @@ fn every_state() -> Vec<State> {
     vec![
         State::Before(Before::Waiting),
         State::Before(Before::Restoring),
-        State::Before(Before::Restored),
-        State::Committed(Committed::Starting),
-        State::Committed(Committed::Running(RUNNING)),
+        State::Before(Before::Restored(FIRST)),
+        State::Before(Before::Restored(LAPSED)),
+        State::Committed(Committed::Starting { offer: FIRST }),
+        State::Committed(Committed::Starting { offer: LAPSED }),
+        State::Committed(Committed::Running {
+            running: RUNNING,
+            offer: FIRST,
+            confirmed: false,
+            restored: false,
+        }),
+        State::Committed(Committed::Running {
+            running: RUNNING,
+            offer: FIRST,
+            confirmed: false,
+            restored: true,
+        }),
+        State::Committed(Committed::Running {
+            running: RUNNING,
+            offer: FIRST,
+            confirmed: true,
+            restored: false,
+        }),
+        State::Committed(Committed::Running {
+            running: RUNNING,
+            offer: FIRST,
+            confirmed: true,
+            restored: true,
+        }),
+        State::Committed(Committed::Suspended { running: RUNNING, offer: FIRST, restored: false }),
+        State::Committed(Committed::Suspended { running: RUNNING, offer: LAPSED, restored: true }),
         State::Dropping,
         State::Dropped,
         State::Lost,
@@ -46,17 +79,24 @@ fn every_pair() {
             let pair = format!("{state:?} + {event:?} -> {next:?} {commands:?}");
             let is_committed = |state: &State| matches!(state, State::Committed(_) | State::Lost);
             if is_committed(&next) && !is_committed(&state) {
-                let restored = state == State::Before(Before::Restored);
-                assert!(restored && event == Event::Go, "only `go`, and only once restored: {pair}");
+                let offered = state == State::Before(Before::Restored(FIRST));
+                assert!(offered && event == GO, "only `go`, and only for what is offered: {pair}");
             }
-            if is_committed(&state) {
+            let suspended = |state: &State| matches!(state, State::Committed(Committed::Suspended { .. }));
+            if is_committed(&state) && !(suspended(&state) && event == Event::Abort) {
                 assert!(is_committed(&next), "there is no way back: {pair}");
                 assert!(!commands.contains(&Command::Drop), "{pair}");
             }
-            let failure = matches!(
-                event,
-                Event::ImagesFailed(_) | Event::CriuEnded { .. } | Event::Abort | Event::Expired
-            );
+            let unconfirmed = matches!(state, State::Committed(Committed::Running { confirmed: false, .. }));
+            let late = state == State::Committed(Committed::Starting { offer: LAPSED })
+                && matches!(event, Event::HookPostResume { .. });
+            let suspends = unconfirmed && event == Event::Expired || late;
+            assert_eq!(commands.contains(&Command::Suspend), suspends, "{pair}");
+            let offered = matches!(state, State::Committed(Committed::Suspended { offer: FIRST, .. }));
+            assert_eq!(commands.contains(&Command::Continue), offered && event == GO, "{pair}");
+            let restored = matches!(state, State::Before(Before::Restored(_)));
+            let failure = matches!(event, Event::ImagesFailed(_) | Event::CriuEnded { .. } | Event::Abort)
+                || event == Event::Expired && !restored;
             if matches!(state, State::Before(_)) {
                 assert_eq!(commands.contains(&Command::Drop), failure, "{pair}");
                 assert_eq!(next == State::Dropping, failure, "{pair}");
@@ -64,12 +104,11 @@ fn every_pair() {
             }
             let running = AgentEvent::Running(RUNNING);
             let says_running = commands.contains(&Command::Report(running));
-            assert_eq!(
-                says_running,
-                matches!(event, Event::HookPostResume { .. })
-                    && state == State::Committed(Committed::Starting),
-                "{pair}"
-            );
+            let starts = matches!(event, Event::HookPostResume { .. })
+                && matches!(state, State::Committed(Committed::Starting { .. }));
+            let again = matches!(state, State::Committed(Committed::Running { .. }))
+                && matches!(event, Event::Go { offer: 0 } | Event::Offer);
+            assert_eq!(says_running, starts || again || commands.contains(&Command::Continue), "{pair}");
         }
     }
 }
@@ -77,17 +116,18 @@ fn every_pair() {
 #[test]
 fn the_way_forward() {
     let mut state = State::START;
-    let steps: [(Event, &[Command]); 5] = [
+    let steps: [(Event, &[Command]); 6] = [
         (
             Event::ImagesComplete { sent_bytes: 9 },
             &[Command::Restore, Command::Report(AgentEvent::Received { sent_bytes: 9 })],
         ),
-        (Event::HookPreResume, &[Command::Report(AgentEvent::Restored)]),
-        (Event::Go, &[Command::Keep]),
+        (Event::HookPreResume, &[Command::Report(AgentEvent::Restored { offer: 0 })]),
+        (GO, &[Command::Keep]),
         (
             Event::HookPostResume { at_unix_us: 1 },
             &[Command::Report(AgentEvent::Running(RUNNING)), Command::Yes],
         ),
+        (Event::Confirm, &[Command::Report(AgentEvent::Confirmed)]),
         (Event::CriuEnded { failed: None }, &[Command::End]),
     ];
     for (event, expected) in steps {
@@ -95,37 +135,68 @@ fn the_way_forward() {
         assert_eq!(commands, expected);
         state = next;
     }
-    assert_eq!(state, State::Committed(Committed::Running(RUNNING)));
+    let running = Committed::Running { running: RUNNING, offer: FIRST, confirmed: true, restored: true };
+    assert_eq!(state, State::Committed(running));
+}
+
+#[test]
+fn a_lease_that_ends_unconfirmed_suspends_and_only_a_new_offer_continues() {
+    let running = Committed::Running { running: RUNNING, offer: FIRST, confirmed: false, restored: true };
+    let (state, commands) = State::Committed(running).on(Event::Expired);
+    assert_eq!(commands, [Command::Suspend, Command::Report(AgentEvent::Suspended)]);
+    let (_, dropped) = state.clone().on(Event::Abort);
+    assert_eq!(dropped, [Command::Drop], "an operator's word");
+    for late in [GO, Event::Confirm] {
+        let (same, commands) = state.clone().on(late);
+        assert_eq!((same, commands), (state.clone(), vec![]), "it may be years old");
+    }
+    let (state, commands) = state.on(Event::Offer);
+    assert_eq!(commands, [Command::Report(AgentEvent::Restored { offer: 1 })]);
+    let (lapsed, _) = state.clone().on(Event::Expired);
+    assert_eq!(lapsed.on(Event::Go { offer: 1 }).1, []);
+    assert_eq!(state.clone().on(GO).1, []);
+    let (state, commands) = state.on(Event::Go { offer: 1 });
+    assert_eq!(commands, [Command::Continue, Command::Report(AgentEvent::Running(RUNNING))]);
+    let (state, commands) = state.on(Event::Confirm);
+    assert_eq!(commands, [Command::Report(AgentEvent::Confirmed), Command::End]);
+    let (_, commands) = state.on(Event::Expired);
+    assert_eq!(commands, [], "a confirmed one has no lease");
 }
 
 proptest! {
-    /// The copy is kept exactly if `go` came while it was restored; else, once the coordinator is silent for
-    /// too long, nothing is left of it.
+    /// The copy is kept exactly if `go` came while it was restored; else nothing is left of it once the coordinator
+    /// says so, and what has not been restored goes by itself.
     #[test]
     fn any_history_ends_safely(history in prop::collection::vec(prop::sample::select(every_event()), 0..40)) {
         let mut state = State::START;
         let (mut kept, mut dropped, mut ended) = (0, 0, 0);
-        let tail = [Event::Expired, Event::Dropped];
+        let tail = [Event::Expired, Event::Abort, Event::Dropped];
         for event in history.into_iter().chain(tail) {
-            let restored = state == State::Before(Before::Restored);
-            let go = event == Event::Go;
+            let offer = match state {
+                State::Before(Before::Restored(offer)) if !offer.lapsed => Some(offer.number),
+                _ => None,
+            };
+            let go = offer.is_some_and(|offer| event == Event::Go { offer });
             let (next, commands) = state.on(event);
             state = next;
             for command in commands {
                 match command {
                     Command::Keep => {
-                        prop_assert!(restored && go);
+                        prop_assert!(go);
                         kept += 1;
                     }
                     Command::Drop => dropped += 1,
                     Command::End => ended += 1,
-                    Command::Restore | Command::Yes | Command::Report(_) => {}
+                    Command::Restore
+                    | Command::Yes
+                    | Command::Suspend
+                    | Command::Continue
+                    | Command::Report(_) => {}
                 }
             }
         }
-        prop_assert_eq!(kept + dropped, 1);
         match state {
-            State::Dropped => prop_assert!(kept == 0 && ended == 1),
+            State::Dropped => prop_assert!(dropped == 1 && ended == 1),
             State::Committed(_) | State::Lost => prop_assert!(kept == 1),
             other => prop_assert!(false, "{:?}", other),
         }

@@ -24,6 +24,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// What a holder is told so that it outlives its agent.
 pub const KEEP: u8 = b'k';
+/// What it is told so that it outlives its agent, but stops the workload then.
+pub const LEASE: u8 = b'l';
 
 /// Why a holder could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +144,11 @@ impl Holder {
     /// Its identity.
     pub fn pid(&self) -> HolderPid {
         self.pid
+    }
+
+    /// From here on the agent's death does not kill the workload, but stops it.
+    pub async fn lease(&mut self) -> Result<(), HolderError> {
+        Ok(self.keep.write_all(&[LEASE]).await?)
     }
 
     /// Lets it outlive this agent.

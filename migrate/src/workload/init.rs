@@ -12,12 +12,13 @@ use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 
-use super::holder::KEEP;
+use super::holder::{KEEP, LEASE};
 use super::sys;
 
 const RUN: &str = "/run";
@@ -81,7 +82,7 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     nix::unistd::dup2_stderr(&null).context("close stderr")?;
 
     let mut agent = std::io::stdin();
-    let mut kept = false;
+    let (mut kept, mut leased) = (false, false);
     loop {
         let mut wait = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
         if !kept {
@@ -101,7 +102,12 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
         if heard {
             let mut word = [0];
             match agent.read(&mut word) {
-                Ok(1) if word[0] == KEEP => {
+                Ok(1) if word[0] == LEASE => leased = true,
+                Ok(said) if said == 1 && word[0] == KEEP || said == 0 && leased => {
+                    if said == 0 {
+                        // Nobody has confirmed this copy, and nobody is left who would end its lease.
+                        let _ = kill(Pid::from_raw(-1), Signal::SIGSTOP);
+                    }
                     nix::unistd::dup2_stdin(&null).context("close stdin")?;
                     kept = true;
                 }
