@@ -2,7 +2,7 @@
 //! freeze window costs one frame and no handshake.
 
 use std::convert::Infallible;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -12,11 +12,15 @@ use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::protocol::{AgentEvent, Problem};
+use crate::tls::{self, Credentials, TlsError};
 
 /// How long an agent may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
@@ -30,18 +34,47 @@ const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// What requests carry.
 pub type Body = UnsyncBoxBody<Bytes, Infallible>;
 
+/// A site and how its agent is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentAt {
+    /// The site's name in the load balancer.
+    pub site: String,
+    /// The agent's address: `https://host:port` with [`Self::tls`], `http://host:port` without.
+    pub url: String,
+    /// Who we are to the agent, read again for each connection. The agent has to be that of [`Self::site`].
+    pub tls: Option<tls::Files>,
+}
+
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Not a URL of an agent.
-    #[error("{0:?} is not an agent's address: write http://HOST:PORT")]
+    #[error("{0:?} is not an agent's address: write https://HOST:PORT (http:// where there is no TLS)")]
     Url(String),
+    /// The address asks for TLS and nobody has said with which certificate.
+    #[error("{0} asks for TLS: set section [tls], or write http:// if the agent has none")]
+    NoTls(String),
+    /// The address asks for a cleartext connection although there are certificates.
+    #[error("{0} asks for a connection without TLS, and there is a section [tls]: write https://")]
+    NoHttps(String),
+    /// The own certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No connection.
     #[error("no connection to the agent at {url}: is it running there?")]
     Connect {
         /// The agent.
         url: String,
         /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// One end does not take the other's certificate.
+    #[error("no TLS with the agent at {url}")]
+    Handshake {
+        /// The agent.
+        url: String,
+        /// Why, in plain words.
         #[source]
         source: std::io::Error,
     },
@@ -101,23 +134,29 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 pub struct AgentClient {
     url: String,
     authority: String,
+    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     sender: Mutex<Option<http2::SendRequest<Body>>>,
 }
 
 impl AgentClient {
-    /// For the agent at `http://host:port`; connects with the first request or [`Self::connect`].
-    pub fn new(url: &str) -> Result<Self, ClientError> {
-        let bad = || ClientError::Url(url.to_owned());
+    /// For the agent of one site; connects with the first request or [`Self::connect`].
+    pub fn new(at: &AgentAt) -> Result<Self, ClientError> {
+        let url = at.url.trim_end_matches('/').to_owned();
+        let bad = || ClientError::Url(at.url.clone());
         let uri: Uri = url.parse().map_err(|_| bad())?;
-        let authority = uri.authority().ok_or_else(bad)?;
-        if uri.scheme_str() != Some("http") || authority.port().is_none() {
-            return Err(bad());
-        }
-        Ok(Self {
-            url: url.trim_end_matches('/').to_owned(),
-            authority: authority.to_string(),
-            sender: Mutex::new(None),
-        })
+        let authority = uri.authority().filter(|authority| authority.port().is_some()).ok_or_else(bad)?;
+        let tls = match (uri.scheme_str(), &at.tls) {
+            (Some("http"), None) => None,
+            (Some("https"), Some(files)) => {
+                let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+                let name = ServerName::try_from(host.to_owned()).map_err(|_| bad())?;
+                Some((Arc::new(Credentials::read(files)?.client_config(&at.site)?), name))
+            }
+            (Some("https"), None) => return Err(ClientError::NoTls(url)),
+            (Some("http"), Some(_)) => return Err(ClientError::NoHttps(url)),
+            _ => return Err(bad()),
+        };
+        Ok(Self { authority: authority.to_string(), url, tls, sender: Mutex::new(None) })
     }
 
     /// Opens the connection unless it is open.
@@ -151,9 +190,10 @@ impl AgentClient {
         body: Body,
     ) -> Result<Response<Incoming>, ClientError> {
         let mut sender = self.sender().await?;
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
         let request = Request::builder()
             .method(method)
-            .uri(format!("http://{}{path}", self.authority))
+            .uri(format!("{scheme}://{}{path}", self.authority))
             .header(http::header::CONTENT_TYPE, "application/json")
             .body(body)
             .map_err(|_| ClientError::Url(format!("{}{path}", self.url)))?;
@@ -223,11 +263,32 @@ impl AgentClient {
             return Ok(sender);
         }
         let refused = |source| ClientError::Connect { url: self.url.clone(), source };
-        let stream = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(&self.authority))
+        let sender = tokio::time::timeout(CONNECT_LIMIT, async {
+            let stream = TcpStream::connect(&self.authority).await.map_err(refused)?;
+            stream.set_nodelay(true).map_err(refused)?;
+            match self.tls.clone() {
+                None => self.speak(stream).await,
+                Some((config, name)) => {
+                    let stream = tls::dial(stream, config, name).await;
+                    self.speak(
+                        stream.map_err(|source| ClientError::Handshake { url: self.url.clone(), source })?,
+                    )
+                    .await
+                }
+            }
+        });
+        let sender = sender
             .await
-            .map_err(|_| ClientError::Silent { url: self.url.clone(), limit: CONNECT_LIMIT })?
-            .map_err(refused)?;
-        stream.set_nodelay(true).map_err(refused)?;
+            .map_err(|_| ClientError::Silent { url: self.url.clone(), limit: CONNECT_LIMIT })??;
+        *self.sender.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender.clone());
+        Ok(sender)
+    }
+
+    /// Begins HTTP/2 on a connection.
+    async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        &self,
+        stream: S,
+    ) -> Result<http2::SendRequest<Body>, ClientError> {
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .max_frame_size(MAX_FRAME_BYTES)
@@ -240,7 +301,6 @@ impl AgentClient {
             .map_err(|source| self.broke(source))?;
         // It ends with the connection; what broke is seen by the requests on it.
         tokio::spawn(connection);
-        *self.sender.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender.clone());
         Ok(sender)
     }
 }
@@ -260,19 +320,34 @@ fn json_body<Q: Serialize>(body: Option<&Q>) -> Body {
 mod tests {
     use super::*;
 
+    fn plain(url: &str) -> AgentAt {
+        AgentAt { site: "ams".into(), url: url.into(), tls: None }
+    }
+
     #[test]
     fn only_plain_agent_addresses_are_taken() {
-        for bad in ["", "10.2.1.1:7401", "https://10.2.1.1:7401", "http://10.2.1.1", "http:///x"] {
-            assert!(matches!(AgentClient::new(bad), Err(ClientError::Url(_))), "{bad:?}");
+        for bad in ["", "10.2.1.1:7401", "ftp://10.2.1.1:7401", "http://10.2.1.1", "http:///x"] {
+            assert!(matches!(AgentClient::new(&plain(bad)), Err(ClientError::Url(_))), "{bad:?}");
         }
         for good in ["http://10.2.1.1:7401", "http://[fd00::1]:7401/", "http://site-a:7401"] {
-            assert!(AgentClient::new(good).is_ok(), "{good:?}");
+            assert!(AgentClient::new(&plain(good)).is_ok(), "{good:?}");
         }
+    }
+
+    #[test]
+    fn tls_is_asked_for_in_the_address_and_in_the_section_or_in_neither() {
+        let error = AgentClient::new(&plain("https://10.2.1.1:7401")).unwrap_err();
+        assert!(matches!(error, ClientError::NoTls(_)), "{error}");
+        let files = tls::Files { ca: "/x".into(), certificate: "/x".into(), key: "/x".into() };
+        let at = AgentAt { tls: Some(files.clone()), ..plain("http://10.2.1.1:7401") };
+        assert!(matches!(AgentClient::new(&at), Err(ClientError::NoHttps(_))));
+        let at = AgentAt { tls: Some(files), ..plain("https://10.2.1.1:7401") };
+        assert!(matches!(AgentClient::new(&at), Err(ClientError::Tls(_))));
     }
 
     #[tokio::test]
     async fn an_agent_that_is_not_there_is_named() {
-        let agent = AgentClient::new("http://127.0.0.1:9").unwrap();
+        let agent = AgentClient::new(&plain("http://127.0.0.1:9")).unwrap();
         let error = agent.connect().await.unwrap_err();
         assert!(chain(&error).contains("http://127.0.0.1:9"), "{error}");
         assert!(chain(&error).to_lowercase().contains("refused"), "{}", chain(&error));

@@ -16,6 +16,7 @@
 //! * [`roles`]: the pure state machines of the source and the target (event -> commands).
 //! * [`coordinator`]: the pure state machine of the whole migration, and what drives it from inside `lb`.
 //! * [`client`]: one HTTP/2 connection to an agent, opened before it is needed.
+//! * [`tls`]: who is who between them: certificates, and the CA that makes them.
 //! * [`criu`]: CRIU's RPC, its process, and reading its log.
 //! * [`workload`]: running a server in namespaces of its own, and finding it again.
 //! * [`net`]: silencing an address, watching queues drain, taking connections off the wire.
@@ -34,4 +35,5 @@ pub mod decapsulator;
 pub mod net;
 pub mod protocol;
 pub mod roles;
+pub mod tls;
 pub mod workload;

@@ -1,5 +1,7 @@
 //! `migrate`: the site agent's program, and the two small helpers that it starts itself as.
 
+mod pki;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use migrate::agent::config::Config;
+use migrate::agent::door::Door;
 use migrate::agent::server;
 use migrate::agent::site::Site;
 use migrate::workload::enter::{self, What};
@@ -26,13 +29,17 @@ enum Command {
     /// Run a site's agent: it starts the site's workloads, and moves them when the load balancer asks.
     ///
     /// The agent and its workloads live in the network namespace that it is started in. Workloads outlive the
-    /// agent; one that is started again adopts them. It needs root, CRIU (4.2 or newer) and nft. Its API asks
-    /// nobody who they are: let it listen where only the load balancer and the other agents reach it.
+    /// agent; one that is started again adopts them. It needs root, CRIU (4.2 or newer) and nft. Load balancer
+    /// and agents show each other certificates, which `migrate pki` makes.
     ///
     ///     site = "ams"                       # the site's name in the load balancer
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
+    ///     ca = "/etc/drover/ca.pem"
+    ///     certificate = "/etc/drover/agent-ams.pem"
+    ///     key = "/etc/drover/agent-ams.key"
     ///     [decapsulator]                     # optional: for services of mode "dsr", where there is no tunnel device
     ///     interfaces = ["eth0"]              # where the load balancer's packets come in
     ///     endpoints = ["10.2.1.2"]           # `tunnel` of this site in the load balancer
@@ -52,6 +59,9 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Make the certificates with which load balancer and agents know each other.
+    #[command(subcommand)]
+    Pki(pki::Pki),
     /// Make a pid namespace for a workload. The agent does this.
     #[command(hide = true)]
     Holder {
@@ -107,6 +117,7 @@ enum EnterWhat {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Agent { config } => agent(&config).map(|()| 0),
+        Command::Pki(pki) => pki.run().map(|()| 0),
         Command::Holder { first_pid, kernel_cache } => {
             init::hold(first_pid, kernel_cache.as_deref()).map(|()| 0)
         }
@@ -143,12 +154,16 @@ fn agent(config: &std::path::Path) -> Result<()> {
 
 async fn run(config: Config) -> Result<()> {
     let (site, listen) = (config.site.clone(), config.listen);
+    let door = Door::of(&config)?;
+    if matches!(door, Door::Open) {
+        tracing::warn!("there is no TLS: whoever reaches {listen} commands this agent");
+    }
     // Before anything is started: two agents of one site would fight over its workloads.
     let listener = bind(listen).await?;
     let opened = Site::open(config).await.context("open the site")?;
     tracing::info!("agent ready site={site} listen={listen}");
     tokio::select! {
-        broke = server::serve(opened, listener) => match broke {
+        broke = server::serve(opened, door, listener) => match broke {
             Ok(never) => match never {},
             Err(error) => Err(error).context("accept connections"),
         },

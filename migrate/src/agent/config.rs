@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::decapsulator::config::{self as decapsulator, RawDecapsulator};
 use crate::protocol::{Protocol, is_valid_id};
+use crate::tls::Files;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +40,9 @@ pub enum ConfigError {
 struct RawConfig {
     site: String,
     listen: String,
+    tls: Option<Files>,
+    #[serde(default)]
+    insecure: bool,
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
     decapsulator: Option<RawDecapsulator>,
@@ -66,6 +70,8 @@ pub struct Config {
     pub site: String,
     /// Where the HTTP API listens.
     pub listen: SocketAddr,
+    /// How it is spoken, here and with other agents.
+    pub transport: Transport,
     /// Where records and (on a tmpfs) images are kept.
     pub state_dir: PathBuf,
     /// Program and leading arguments of CRIU, if not the default.
@@ -74,6 +80,25 @@ pub struct Config {
     pub decapsulator: Option<decapsulator::Config>,
     /// What may run here.
     pub workloads: Vec<Workload>,
+}
+
+/// How the agent's API is spoken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// In cleartext, and nobody is asked who they are.
+    Plain,
+    /// With TLS and certificates at both ends.
+    Tls(Files),
+}
+
+impl Transport {
+    /// The files, where there are any.
+    pub fn tls(&self) -> Option<&Files> {
+        match self {
+            Self::Plain => None,
+            Self::Tls(files) => Some(files),
+        }
+    }
 }
 
 /// One server that may run at this site.
@@ -118,8 +143,9 @@ impl RawConfig {
         if !is_valid_id(&self.site) {
             return Err(at("site", "a name of letters, digits, `-`, `_` and `.` is meant"));
         }
-        let listen =
+        let listen: SocketAddr =
             self.listen.parse().map_err(|_| at("listen", "IP:PORT is meant, such as 10.2.1.1:7401"))?;
+        let transport = transport(self.tls, self.insecure, listen)?;
         let state_dir = self.state_dir.unwrap_or_else(|| Path::new("/run/drover").join(&self.site));
         if !state_dir.is_absolute() {
             return Err(at("state_dir", "an absolute path is meant"));
@@ -151,8 +177,30 @@ impl RawConfig {
             raw.validate(&self.site).map_err(|(key, problem)| (format!("decapsulator: {key}"), problem))
         });
         let decapsulator = decapsulator.transpose()?;
-        Ok(Config { site: self.site, listen, state_dir, criu: self.criu, decapsulator, workloads })
+        Ok(Config { site: self.site, listen, transport, state_dir, criu: self.criu, decapsulator, workloads })
     }
+}
+
+/// Without TLS whoever reaches the agent commands it, which an operator has to say they mean.
+fn transport(tls: Option<Files>, insecure: bool, listen: SocketAddr) -> Result<Transport, Problem> {
+    let Some(files) = tls else {
+        if insecure || listen.ip().is_loopback() {
+            return Ok(Transport::Plain);
+        }
+        let problem = format!(
+            "whoever reaches {listen} commands this agent, for there is no section [tls]: set it, with a certificate of \
+             `migrate pki issue --agent`; or set insecure = true where only load balancers and agents reach {listen}"
+        );
+        return Err(("tls".to_owned(), problem));
+    };
+    if insecure {
+        let problem = "there is a section [tls], which means the contrary: take one of them away";
+        return Err(("insecure".to_owned(), problem.to_owned()));
+    }
+    if let Some((key, _)) = files.each().iter().find(|(_, path)| !path.is_absolute()) {
+        return Err((format!("tls: {key}"), "an absolute path is meant".to_owned()));
+    }
+    Ok(Transport::Tls(files))
 }
 
 impl RawWorkload {
@@ -194,6 +242,10 @@ mod tests {
     const GOOD: &str = r#"
 site = "ams"
 listen = "10.2.1.1:7401"
+[tls]
+ca = "/etc/drover/ca.pem"
+certificate = "/etc/drover/agent-ams.pem"
+key = "/etc/drover/agent-ams.key"
 [[workloads]]
 name = "chat-1"
 address = "10.1.0.1:6379"
@@ -226,12 +278,37 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
     }
 
     #[test]
+    fn there_is_no_tls_only_where_an_operator_says_so() {
+        let (head, rest) = GOOD.split_once("[tls]").unwrap();
+        let workloads = &rest[rest.find("[[").unwrap()..];
+        let plain = |head: &str| parse(&format!("{head}{workloads}"));
+        let refused = plain(head).unwrap_err().to_string();
+        assert!(refused.contains("whoever reaches 10.2.1.1:7401 commands"), "{refused}");
+        assert!(
+            refused.contains("migrate pki issue --agent") && refused.contains("insecure = true"),
+            "{refused}"
+        );
+        for fine in [
+            format!("{head}insecure = true\n"),
+            head.replace("10.2.1.1", "127.0.0.1"),
+            head.replace("10.2.1.1", "[::1]"),
+        ] {
+            assert_eq!(plain(&fine).unwrap().transport, Transport::Plain, "{fine}");
+        }
+        let files = parse(GOOD).unwrap().transport;
+        assert_eq!(files.tls().unwrap().certificate, Path::new("/etc/drover/agent-ams.pem"));
+    }
+
+    #[test]
     fn every_error_names_its_place() {
         for (from, to, place) in [
             ("\"ams\"", "\"../x\"", "agent.toml: site: "),
             ("10.2.1.1:7401", "10.2.1.1", "agent.toml: listen: "),
+            ("\"/etc/drover/ca.pem\"", "\"ca.pem\"", "agent.toml: tls: ca: an absolute path"),
+            ("ca =", "cas =", "unknown field `cas`"),
+            ("[tls]", "insecure = true\n[tls]", "agent.toml: insecure: there is a section [tls]"),
             ("site =", "sites =", "unknown field `sites`"),
-            ("start = true", "start = 1", "line 9"),
+            ("start = true", "start = 1", "line 13"),
             ("protocol = \"tcp\"", "protocol = \"sctp\"", "sctp"),
             ("10.1.0.1:6379", "10.1.0.1/32", "workloads[0] \"chat-1\": address: "),
             ("10.1.0.1:6379", "0.0.0.0:6379", "workloads[0] \"chat-1\": address: "),

@@ -1,6 +1,7 @@
 //! The site agent: runs a site's workloads and performs its part of migrations.
 //!
 //! * [`config`] reads `agent.toml`.
+//! * [`door`]: who calls; [`admission`]: what that one may ask for.
 //! * [`server`]: the HTTP API.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
@@ -9,7 +10,9 @@
 //!
 //! What is not here: any decision about a migration as a whole.
 
+mod admission;
 pub mod config;
+pub mod door;
 pub mod images;
 pub mod server;
 pub mod session;

@@ -1,21 +1,24 @@
-//! The agent's HTTP API on hyper: HTTP/2 in cleartext for coordinators and agents, HTTP/1.1 for curl.
+//! The agent's HTTP API on hyper: HTTP/2 for coordinators and agents, HTTP/1.1 for curl.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Json};
 use http::{StatusCode, header};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 
+use super::admission::{self, HEALTH, IMAGES};
+use super::door::{Caller, Door, Entered};
 use super::session::{Ask, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
@@ -35,8 +38,8 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(3);
 /// How long `go`, `release` and `abort` wait; less than the coordinator does.
 const ANSWER_LIMIT: Duration = Duration::from_secs(4);
 
-/// Serves until the listener breaks.
-pub async fn serve(site: Arc<Site>, listener: TcpListener) -> std::io::Result<Infallible> {
+/// Serves whom `door` lets in, until the listener breaks.
+pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::io::Result<Infallible> {
     let router = router(site);
     loop {
         let (stream, peer) = match listener.accept().await {
@@ -47,20 +50,46 @@ pub async fn serve(site: Arc<Site>, listener: TcpListener) -> std::io::Result<In
         };
         // An answer in the freeze window must not wait for another to share its packet.
         stream.set_nodelay(true)?;
-        let service = TowerToHyperService::new(router.clone());
+        let (door, router) = (door.clone(), router.clone());
         tokio::spawn(async move {
-            let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder
-                .http2()
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(WINDOW_BYTES)
-                .initial_connection_window_size(WINDOW_BYTES)
-                .max_frame_size(MAX_FRAME_BYTES);
-            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+            let ended = match door.let_in(stream).await {
+                Ok(Entered::Plain(stream)) => speak(stream, Caller::Anyone, false, router).await,
+                Ok(Entered::Tls { stream, caller, is_http2 }) => {
+                    speak(stream, Caller::Known(caller), is_http2, router).await
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(%peer, "a caller is not let in: {}", chain(&error));
+                    return;
+                }
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%peer, error = chain(&*error), "connection ended");
             }
         });
     }
+}
+
+/// Answers one caller until the connection ends.
+async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    caller: Caller,
+    is_http2: bool,
+    router: axum::Router,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    if is_http2 {
+        // The settings are sent at once: the caller waits for them, see `tls::dial`.
+        builder = builder.http2_only();
+    }
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES);
+    let service = TowerToHyperService::new(router.layer(Extension(caller)));
+    builder.serve_connection(TokioIo::new(stream), service).await
 }
 
 fn is_of_one_connection(error: &std::io::Error) -> bool {
@@ -70,7 +99,7 @@ fn is_of_one_connection(error: &std::io::Error) -> bool {
 
 fn router(site: Arc<Site>) -> axum::Router {
     axum::Router::new()
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route(HEALTH, get(|| async { "ok\n" }))
         .route(
             "/v1/workloads",
             get(async |State(site): State<Arc<Site>>| Json::<Vec<WorkloadStatus>>(site.list())),
@@ -81,24 +110,25 @@ fn router(site: Arc<Site>) -> axum::Router {
         .route("/v1/migrations/{id}", get(status).put(prepare))
         .route("/v1/migrations/{id}/events", get(events))
         .route("/v1/migrations/{id}/freeze", post(freeze))
-        .route("/v1/migrations/{id}/images", post(images))
+        .route(IMAGES, post(images))
         .route("/v1/migrations/{id}/offer", post(offer))
         .route("/v1/migrations/{id}/go", post(go))
         .route("/v1/migrations/{id}/confirm", post(confirm))
         .route("/v1/migrations/{id}/release", post(release))
         .route("/v1/migrations/{id}/abort", post(abort))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
+        .layer(axum::middleware::from_fn_with_state(site.clone(), admission::admit))
         .with_state(site)
 }
 
 /// An error as the API shows it.
-struct Refusal {
+pub(super) struct Refusal {
     status: StatusCode,
-    detail: String,
+    pub(super) detail: String,
 }
 
 impl Refusal {
-    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         Self { status, detail: detail.into() }
     }
 }
@@ -201,6 +231,9 @@ async fn prepare(
         }
         .into());
     }
+    if !is_valid_id(&prepare.peer_site) {
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "`peer_site` has to name the other agent's site"));
+    }
     // On a task of its own: a coordinator that goes away must not leave half of it.
     let done = tokio::spawn(get_ready(site.clone(), id, prepare)).await;
     done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
@@ -208,16 +241,25 @@ async fn prepare(
 }
 
 async fn get_ready(site: Arc<Site>, id: String, prepare: Prepare) -> Answer<()> {
-    settle(&site, &prepare.workload).await;
+    perform_prepare(&site, &id, &prepare).await?;
+    if let Some(session) = site.session(&id) {
+        // It is prepared once.
+        let _ = session.peer_site.set(prepare.peer_site);
+    }
+    Ok(())
+}
+
+async fn perform_prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Answer<()> {
+    settle(site, &prepare.workload).await;
     let broken =
         |error: &dyn std::error::Error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(error));
     match prepare.role {
-        Role::Source => source::prepare(&site, &id, &prepare).await.map_err(|error| match error {
+        Role::Source => source::prepare(site, id, prepare).await.map_err(|error| match error {
             source::PrepareError::Site(error) => error.into(),
             source::PrepareError::NoTarget => Refusal::new(StatusCode::BAD_REQUEST, error.to_string()),
             error => broken(&error),
         }),
-        Role::Target => target::prepare(&site, &id, &prepare).await.map_err(|error| match error {
+        Role::Target => target::prepare(site, id, prepare).await.map_err(|error| match error {
             target::PrepareError::Site(error) => error.into(),
             error => broken(&error),
         }),
@@ -241,7 +283,7 @@ fn known(site: &Site, id: &str) -> Answer<Arc<Session>> {
     })
 }
 
-fn known_as(site: &Site, id: &str, role: Role) -> Answer<Arc<Session>> {
+pub(super) fn known_as(site: &Site, id: &str, role: Role) -> Answer<Arc<Session>> {
     let session = known(site, id)?;
     if session.role != role {
         return Err(Refusal::new(

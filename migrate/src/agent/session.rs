@@ -1,7 +1,7 @@
 //! What the drivers of both roles share: the event log that the coordinator follows, and the view that the
 //! API shows.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -78,6 +78,8 @@ pub struct Session {
     pub role: Role,
     /// The workload.
     pub workload: String,
+    /// The other agent's site, once the role is prepared.
+    pub peer_site: OnceLock<String>,
     inbox: mpsc::UnboundedSender<Ask>,
     events: Mutex<Vec<AgentEvent>>,
     /// Grows with each event and change of the view.
@@ -103,6 +105,7 @@ impl Session {
             id: id.to_owned(),
             role,
             workload: workload.to_owned(),
+            peer_site: OnceLock::new(),
             inbox,
             events: Mutex::default(),
             changed: watch::Sender::new(0),

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use super::images::{Folder, ImagesError, Upload};
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
-use crate::client::{AgentClient, ClientError, chain};
+use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::drain::Queues;
@@ -116,7 +116,12 @@ async fn ready(
     start_dump(&mut swrk, pid).await?;
 
     let (inner, news) = mpsc::unbounded_channel();
-    let client = Arc::new(AgentClient::new(target_url)?);
+    let target = AgentAt {
+        site: prepare.peer_site.clone(),
+        url: target_url.to_owned(),
+        tls: site.config.transport.tls().cloned(),
+    };
+    let client = Arc::new(AgentClient::new(&target)?);
     let failed = inner.clone();
     let upload = Upload::open(client, &session.id, move |error| {
         // The driver may have ended.

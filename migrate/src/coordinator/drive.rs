@@ -69,9 +69,9 @@ pub(super) async fn drive(
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
     let (news, mut inbox) = mpsc::unbounded_channel();
-    let client = |at: &AgentAt| AgentClient::new(&at.url).map(Arc::new);
+    let client = |at: &AgentAt| AgentClient::new(at).map(Arc::new);
     let (source, target) = (client(&spec.source), client(&spec.target));
-    let trouble = source.as_ref().err().or(target.as_ref().err()).map(ToString::to_string);
+    let trouble = source.as_ref().err().or(target.as_ref().err()).map(|error| chain(error));
     let mut driver = Driver {
         source: source.ok(),
         target: target.ok(),
@@ -277,6 +277,10 @@ impl Driver {
             workload: self.spec.backend.clone(),
             address: self.spec.address,
             protocol: self.spec.protocol,
+            peer_site: match role {
+                Role::Source => self.spec.target.site.clone(),
+                Role::Target => self.spec.source.site.clone(),
+            },
             target_url: (role == Role::Source).then(|| self.spec.target.url.clone()),
             hold_deadline_ms: u64::try_from(self.spec.hold.deadline.as_millis()).unwrap_or(u64::MAX),
             lease_ms: u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX),

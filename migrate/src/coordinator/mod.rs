@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub use crate::client::AgentAt;
 pub use crate::protocol::Protocol;
 
 /// What the coordinator needs of the load balancer. Each call returns at once: no I/O is waited for.
@@ -53,15 +54,6 @@ pub enum Policy {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct CutoverError(pub String);
-
-/// A site and how its agent is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AgentAt {
-    /// The site's name in the load balancer.
-    pub site: String,
-    /// The agent's address, as `http://host:port`.
-    pub url: String,
-}
 
 /// One migration to run.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -20,8 +20,8 @@
 //! not know the migration answers them from what it sees of the workload. Errors are
 //! `application/problem+json` ([`Problem`]).
 //!
-//! Nobody is asked who they are: an agent's address has to be on a network that only load balancers and other
-//! agents reach.
+//! With TLS ([`crate::tls`]) all of it is a coordinator's; the agent of a migration's source may do nothing but send its
+//! images. Without TLS nobody is asked who they are.
 
 pub mod frames;
 
@@ -71,6 +71,8 @@ pub struct Prepare {
     pub address: SocketAddr,
     /// The backend's protocol as the load balancer knows it.
     pub protocol: Protocol,
+    /// The other agent's site: the source sends images to no other, the target takes them from no other.
+    pub peer_site: String,
     /// Where the images go; the source needs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_url: Option<String>,
@@ -245,11 +247,12 @@ mod tests {
             workload: "chat-1".into(),
             address: "10.1.0.1:6379".parse().unwrap(),
             protocol: Protocol::Tcp,
-            target_url: Some("http://10.2.2.1:7401".into()),
+            peer_site: "fra".into(),
+            target_url: Some("https://10.2.2.1:7401".into()),
             hold_deadline_ms: 5000,
             lease_ms: 10_000,
         };
-        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","target_url":"http://10.2.2.1:7401","hold_deadline_ms":5000,"lease_ms":10000}"#;
+        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","peer_site":"fra","target_url":"https://10.2.2.1:7401","hold_deadline_ms":5000,"lease_ms":10000}"#;
         assert_eq!(serde_json::to_string(&prepare).unwrap(), json);
         assert_eq!(serde_json::from_str::<Prepare>(json).unwrap(), prepare);
 
