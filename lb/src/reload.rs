@@ -40,7 +40,7 @@ pub struct ReloadReport {
     /// Services, backends and sites that differ.
     #[serde(flatten)]
     pub changes: Changes,
-    /// Other sections that differ: `hold`, `flows`, `checks`, `agents`.
+    /// Other sections that differ: `hold`, `flows`, `checks`, `agents`, `tls`.
     pub sections: Vec<String>,
     /// What is allowed and yet worth a word.
     pub warnings: Vec<String>,
@@ -95,7 +95,7 @@ impl Reloader {
         }
         let changes = Changes::between(&old.plan, &new.plan);
         let sections = sections(&old, &new);
-        let warnings = new.warnings.clone();
+        let warnings = new.warnings.iter().cloned().chain(new.tls_warning()).collect();
         let start = Instant::now();
         if !check {
             if !changes.is_empty() || old.hold != new.hold {
@@ -131,6 +131,7 @@ fn sections(old: &Config, new: &Config) -> Vec<String> {
         ("flows", old.flows != new.flows),
         ("checks", old.checks != new.checks),
         ("agents", old.agents != new.agents),
+        ("tls", old.tls != new.tls),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(what, _)| what.to_owned()).collect()
 }

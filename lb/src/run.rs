@@ -59,7 +59,7 @@ pub enum RunError {
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(file: &Path) -> Result<(), RunError> {
     let config = Arc::new(Config::load(file)?);
-    for warning in &config.warnings {
+    for warning in config.warnings.iter().cloned().chain(config.tls_warning()) {
         tracing::warn!("{warning}");
     }
     let mut signals = Signals::new().map_err(RunError::Signals)?;

@@ -47,6 +47,9 @@ pub enum LabError {
         /// The last lines of the log.
         tail: String,
     },
+    /// No certificates for daemon and agents.
+    #[error("the lab's certificates cannot be made or read")]
+    Certificates(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The admin API or an agent could not be talked to.
     #[error("HTTP request to {url} failed: {problem}")]
     Http {

@@ -2,8 +2,10 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use serde_json::Value;
 
 use crate::error::LabError;
@@ -39,35 +41,53 @@ impl Response {
     }
 }
 
+/// Whom to ask.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Where.
+    pub address: SocketAddr,
+    /// How, if not in cleartext.
+    pub tls: Option<Arc<ClientConfig>>,
+}
+
+impl From<SocketAddr> for Server {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, tls: None }
+    }
+}
+
 /// Sends one request from inside `namespace` and reads the whole answer. A body is announced as `content_type`.
 pub fn request(
     namespace: &Namespace,
-    server: SocketAddr,
+    server: impl Into<Server>,
     method: &str,
     path: &str,
     content_type: &str,
     body: &[u8],
 ) -> Result<Response, LabError> {
-    namespace
-        .run(|| exchange(server, method, path, content_type, body))
-        .map_err(|error| LabError::Http { url: format!("http://{server}{path}"), problem: error.to_string() })
-}
-
-fn exchange(
-    server: SocketAddr,
-    method: &str,
-    path: &str,
-    content_type: &str,
-    body: &[u8],
-) -> std::io::Result<Response> {
-    let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\n");
+    let server = server.into();
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", server.address);
     if !body.is_empty() {
         head += &format!("content-type: {content_type}\r\n");
     }
     head += &format!("content-length: {}\r\n\r\n", body.len());
+    namespace.run(|| connect_and_exchange(&server, &head, body)).map_err(|error| {
+        let scheme = if server.tls.is_some() { "https" } else { "http" };
+        LabError::Http { url: format!("{scheme}://{}{path}", server.address), problem: error.to_string() }
+    })
+}
+
+fn connect_and_exchange(server: &Server, head: &str, body: &[u8]) -> std::io::Result<Response> {
+    let stream = TcpStream::connect_timeout(&server.address, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    let Some(config) = &server.tls else { return exchange(stream, head, body) };
+    let name = server.address.ip().into();
+    let tls = ClientConnection::new(config.clone(), name).map_err(std::io::Error::other)?;
+    exchange(StreamOwned::new(tls, stream), head, body)
+}
+
+fn exchange(mut stream: impl Read + Write, head: &str, body: &[u8]) -> std::io::Result<Response> {
     stream.write_all(head.as_bytes())?;
     // A server may answer and close before it has read all of a body that it refuses.
     let sent = stream.write_all(body);

@@ -19,6 +19,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use migrate::client::{AgentAt, chain};
+use migrate::tls::{self, Credentials};
+
 pub use check::{Check, CheckPlan, Probe};
 pub use current::Current;
 pub use error::{ConfigError, ConfigErrors, LoadError};
@@ -42,9 +45,11 @@ pub struct Config {
     pub plan: Plan,
     /// How backends are found to be up or down; a backend that is not here counts as up.
     pub checks: Vec<CheckPlan>,
-    /// Base address of each site's migrate agent (`http://10.2.1.1:7401`), by site. Sites without one can
+    /// Base address of each site's migrate agent (`https://10.2.1.1:7401`), by site. Sites without one can
     /// take part in a cutover, not in a migration.
     pub agents: BTreeMap<String, String>,
+    /// Who the load balancer is to the agents; every agent's address is `https` with it and `http` without.
+    pub tls: Option<tls::Files>,
     /// What is allowed and yet worth a line in the log.
     pub warnings: Vec<String>,
 }
@@ -112,6 +117,18 @@ impl Config {
             Some(config) if errors.is_empty() => Ok(config),
             _ => Err(errors.into_errors(file)),
         }
+    }
+
+    /// How a site's agent is reached.
+    pub fn agent_at(&self, site: &str) -> Option<AgentAt> {
+        let url = self.agents.get(site)?.clone();
+        Some(AgentAt { site: site.to_owned(), url, tls: self.tls.clone() })
+    }
+
+    /// What is wrong with the files of section `[tls]`, now. Packets do not need them, migrations do.
+    pub fn tls_warning(&self) -> Option<String> {
+        let error = Credentials::of_coordinator(self.tls.as_ref()?).err()?;
+        Some(format!("no migration will begin: {}", chain(&error)))
     }
 
     /// The transport protocol of a backend's services. TCP where it has both, or none.

@@ -17,6 +17,7 @@ pub(super) struct Raw {
     pub(super) hold: Hold,
     pub(super) flows: Flows,
     pub(super) limits: Limits,
+    pub(super) tls: Option<Tls>,
     pub(super) sites: Vec<Site>,
     pub(super) backends: Vec<Backend>,
     pub(super) services: Vec<Service>,
@@ -63,6 +64,12 @@ pub(super) struct Limits {
     pub(super) sites: Number,
     pub(super) new_flows_per_second_per_cpu: Number,
     pub(super) new_flows_per_second_per_prefix: Number,
+}
+
+pub(super) struct Tls {
+    pub(super) ca: Text,
+    pub(super) certificate: Text,
+    pub(super) key: Text,
 }
 
 pub(super) struct Site {
@@ -144,6 +151,7 @@ pub(super) fn read(text: &str, errors: &mut Collector) -> Option<Raw> {
         hold: top.table("hold", errors).map(|t| hold(t, errors)).unwrap_or_default(),
         flows: top.table("flows", errors).map(|t| flows(t, errors)).unwrap_or_default(),
         limits: top.table("limits", errors).map(|t| limits(t, errors)).unwrap_or_default(),
+        tls: top.table("tls", errors).map(|t| tls(t, errors)),
         sites: top.tables("sites", errors).into_iter().map(|t| site(t, errors)).collect(),
         backends: top.tables("backends", errors).into_iter().map(|t| backend(t, errors)).collect(),
         services: top.tables("services", errors).into_iter().map(|t| service(t, errors)).collect(),
@@ -217,6 +225,16 @@ fn limits(mut table: Reader<'_>, errors: &mut Collector) -> Limits {
     };
     table.finish(errors);
     limits
+}
+
+fn tls(mut table: Reader<'_>, errors: &mut Collector) -> Tls {
+    let tls = Tls {
+        ca: table.required("ca", errors),
+        certificate: table.required("certificate", errors),
+        key: table.required("key", errors),
+    };
+    table.finish(errors);
+    tls
 }
 
 fn site(mut table: Reader<'_>, errors: &mut Collector) -> Site {

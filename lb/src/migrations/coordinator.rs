@@ -85,12 +85,12 @@ impl Coordinator for Agents {
     }
 
     fn survey(&self, agent: AgentAt, backend: String) -> BoxFuture<'static, Result<Seen, String>> {
-        async move { survey(&agent.url, &backend).await.map_err(|error| chain(&error)) }.boxed()
+        async move { survey(&agent, &backend).await.map_err(|error| chain(&error)) }.boxed()
     }
 }
 
-async fn survey(url: &str, backend: &str) -> Result<Seen, ClientError> {
-    let client = AgentClient::new(url)?;
+async fn survey(agent: &AgentAt, backend: &str) -> Result<Seen, ClientError> {
+    let client = AgentClient::new(agent)?;
     let workloads: Vec<WorkloadStatus> =
         client.json(Method::GET, "/v1/workloads", None::<&()>, ANSWER).await?;
     let Some(workload) = workloads.into_iter().find(|workload| workload.name == backend) else {

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use migrate::coordinator::{AgentAt, DEFAULT_DRAIN, HoldRequest, Outcome, Progress, Report, Spec};
+use migrate::coordinator::{DEFAULT_DRAIN, HoldRequest, Outcome, Progress, Report, Spec};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
@@ -53,7 +53,7 @@ pub enum MigrationError {
     Control(#[from] ControlError),
     /// There is nobody at the site to migrate with.
     #[error(
-        "site {site:?} has no agent: start `migrate agent` there and set agent = \"http://HOST:PORT\" in its [[sites]] table"
+        "site {site:?} has no agent: start `migrate agent` there and set agent = \"https://HOST:PORT\" in its [[sites]] table"
     )]
     NoAgent {
         /// The site.
@@ -195,9 +195,9 @@ impl Migrations {
         target: &str,
         hold: HoldRequest,
     ) -> Result<Spec, MigrationError> {
-        let agent = |site: &str| match self.config.get().agents.get(site) {
-            Some(url) => Ok(AgentAt { site: site.to_owned(), url: url.clone() }),
-            None => Err(MigrationError::NoAgent { site: site.to_owned() }),
+        let agent = |site: &str| {
+            let at = self.config.get().agent_at(site);
+            at.ok_or_else(|| MigrationError::NoAgent { site: site.to_owned() })
         };
         Ok(Spec {
             id,

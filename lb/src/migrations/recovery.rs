@@ -50,11 +50,7 @@ impl Migrations {
             return;
         };
         let closed = state != State::Forward;
-        let agent = |site: Option<String>| {
-            let site = site?;
-            let url = self.config.get().agents.get(&site)?.clone();
-            Some(AgentAt { site, url })
-        };
+        let agent = |site: Option<String>| self.config.get().agent_at(&site?);
         let (Some(location), Some(other)) = (agent(location), agent(staged)) else {
             if closed {
                 tracing::warn!(

@@ -2,6 +2,7 @@
 
 use futures_util::StreamExt as _;
 use lb_core::{Gate, GateWord, Slot};
+use migrate::client::AgentAt;
 use migrate::protocol::Role;
 
 use super::script::Play;
@@ -77,8 +78,9 @@ async fn there_and_back_with_counts_of_the_hold() {
     assert_eq!(test.migrations.outcomes(), Outcomes { committed: 2, ..Outcomes::default() });
 
     let specs = test.script.specs.lock().unwrap();
-    assert_eq!(specs[0].source, AgentAt { site: "ams".into(), url: "http://10.2.1.1:7401".into() });
-    assert_eq!(specs[0].target, AgentAt { site: "fra".into(), url: "http://10.2.2.1:7401".into() });
+    let plain = |site: &str, url: &str| AgentAt { site: site.into(), url: url.into(), tls: None };
+    assert_eq!(specs[0].source, plain("ams", "http://10.2.1.1:7401"));
+    assert_eq!(specs[0].target, plain("fra", "http://10.2.2.1:7401"));
     assert_eq!(specs[0].address, "10.1.0.1:6379".parse().unwrap());
     assert_eq!(specs[0].hold.deadline, Duration::from_secs(5));
     assert_eq!(specs[1].source.site, "fra");

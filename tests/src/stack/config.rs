@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use migrate::tls::Files;
 use serde::Serialize;
 
 use super::{HoldOptions, Tunnels, Workload};
@@ -14,6 +15,7 @@ pub(super) fn daemon(
     workloads: &[Workload],
     tunnels: Option<Tunnels>,
     hold: &HoldOptions,
+    tls: &Files,
 ) -> String {
     let backends: Vec<_> = workloads
         .iter()
@@ -46,6 +48,7 @@ pub(super) fn daemon(
             nat_source6: address::NAT_SOURCE6,
         },
         hold,
+        tls,
         sites: Site::ALL.map(|site| SiteEntry {
             name: site.name(),
             next_hop: address::site4(site).to_string(),
@@ -53,7 +56,7 @@ pub(super) fn daemon(
                 Tunnels::V4 => address::tunnel4(site).into(),
                 Tunnels::V6 => address::tunnel6(site).into(),
             }),
-            agent: format!("http://{}:{}", address::site4(site), address::AGENT_PORT),
+            agent: format!("https://{}:{}", address::site4(site), address::AGENT_PORT),
         }),
         backends,
         services,
@@ -61,7 +64,13 @@ pub(super) fn daemon(
 }
 
 /// A site's agent's configuration file: it knows every workload, and starts those that begin there.
-pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload], tunnels: Option<Tunnels>) -> String {
+pub(super) fn agent(
+    lab: &Lab,
+    site: Site,
+    workloads: &[Workload],
+    tunnels: Option<Tunnels>,
+    tls: &Files,
+) -> String {
     let workloads = workloads.iter().map(|workload| AgentWorkload {
         name: &workload.name,
         address: workload.address.to_string(),
@@ -74,6 +83,7 @@ pub(super) fn agent(lab: &Lab, site: Site, workloads: &[Workload], tunnels: Opti
         site: site.name(),
         listen: format!("{}:{}", address::site4(site), address::AGENT_PORT),
         state_dir: &lab.dir().join(format!("agent-{}", site.name())),
+        tls,
         decapsulator: tunnels.map(|_| Decapsulator {
             interfaces: ["eth0"],
             endpoints: [address::tunnel4(site).into(), address::tunnel6(site).into()],
@@ -93,6 +103,7 @@ struct Daemon<'a> {
     admin: Admin,
     datapath: Datapath<'a>,
     hold: &'a HoldOptions,
+    tls: &'a Files,
     sites: [SiteEntry; 2],
     backends: Vec<Backend<'a>>,
     services: Vec<Service<'a>>,
@@ -141,6 +152,7 @@ struct Agent<'a> {
     site: &'static str,
     listen: String,
     state_dir: &'a Path,
+    tls: &'a Files,
     #[serde(skip_serializing_if = "Option::is_none")]
     decapsulator: Option<Decapsulator>,
     workloads: Vec<AgentWorkload<'a>>,

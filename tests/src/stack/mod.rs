@@ -7,6 +7,7 @@
 //! Nothing here says what the admin API means, except for the two calls that every user of a stack makes: start a
 //! migration and wait for its end.
 
+mod certificates;
 mod config;
 mod workload;
 
@@ -19,10 +20,11 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+pub use certificates::Certificates;
 pub use workload::{Mode, Protocol, Tunnels, Workload};
 
 use crate::error::LabError;
-use crate::http::{self, Response};
+use crate::http::{self, Response, Server};
 use crate::process::Process;
 use crate::{Lab, Site, address, processors, program, wait_for};
 
@@ -80,6 +82,7 @@ pub struct Stack {
     workloads: Vec<Workload>,
     hidden: Vec<(Site, PathBuf)>,
     site_processors: Vec<usize>,
+    certificates: Certificates,
     lab: Lab,
 }
 
@@ -91,10 +94,14 @@ impl Stack {
             lab.hold_virtual_addresses()?;
         }
         let (daemon, agents) = (None, [None, None]);
-        let mut stack = Stack { daemon, agents, environment, workloads, hidden, site_processors, lab };
-        stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, tunnels, &hold))?;
+        let certificates = Certificates::make(&lab.dir().join("pki"))?;
+        let mut stack =
+            Stack { daemon, agents, environment, workloads, hidden, site_processors, certificates, lab };
+        let files = stack.certificates.daemon();
+        stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, tunnels, &hold, files))?;
         for site in Site::ALL {
-            let text = config::agent(&stack.lab, site, &stack.workloads, tunnels);
+            let files = stack.certificates.agent(site);
+            let text = config::agent(&stack.lab, site, &stack.workloads, tunnels, files);
             stack.write_config(&agent_name(site), &text)?;
             stack.spawn_agent(site)?;
         }
@@ -113,6 +120,11 @@ impl Stack {
     /// What was started, as given.
     pub fn workloads(&self) -> &[Workload] {
         &self.workloads
+    }
+
+    /// The certificates that daemon and agents show each other.
+    pub fn certificates(&self) -> &Certificates {
+        &self.certificates
     }
 
     /// The admin API's URL; it answers inside the namespace `lb` only.
@@ -179,11 +191,11 @@ impl Stack {
         content_type: &str,
         body: &[u8],
     ) -> Result<Response, LabError> {
-        let server = address::ADMIN.parse().expect("the admin API's address is one");
+        let server: SocketAddr = address::ADMIN.parse().expect("the admin API's address is one");
         http::request(self.lab.lb(), server, method, path, content_type, body)
     }
 
-    /// Asks a site's agent.
+    /// Asks a site's agent, as the daemon would.
     pub fn agent(
         &self,
         site: Site,
@@ -191,7 +203,8 @@ impl Stack {
         path: &str,
         body: Option<&Value>,
     ) -> Result<(u16, Value), LabError> {
-        let server = SocketAddr::from((address::site4(site), address::AGENT_PORT));
+        let address = SocketAddr::from((address::site4(site), address::AGENT_PORT));
+        let server = Server { address, tls: Some(self.certificates.client(site)) };
         let body = body.map(Value::to_string).unwrap_or_default();
         let namespace = self.lab.site(site);
         let response = http::request(namespace, server, method, path, "application/json", body.as_bytes())?;

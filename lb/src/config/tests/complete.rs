@@ -41,6 +41,27 @@ fn hooks_limits_and_times_are_taken() {
 }
 
 #[test]
+fn tls_is_in_the_section_and_in_every_address_or_in_neither() {
+    let section = "[tls]\nca = '/p/ca.pem'\ncertificate = '/p/lb.pem'\nkey = '/p/lb.key'\n[datapath]";
+    let text = GOOD.replacen("[datapath]", section, 1);
+    let secured = text.replace("http://10.2.1.1", "https://10.2.1.1");
+    let config = Config::parse(&secured, "t.toml").unwrap();
+    let at = config.agent_at("ams").unwrap();
+    assert_eq!((at.site.as_str(), at.url.as_str()), ("ams", "https://10.2.1.1:7401"));
+    assert_eq!(at.tls.unwrap().key, PathBuf::from("/p/lb.key"));
+    assert_eq!(config.agent_at("fra"), None);
+    for (from, to, said) in [
+        ("https://", "http://", "sites[0].agent: \"http://10.2.1.1:7401/\" is without TLS"),
+        ("'/p/ca.pem'", "'ca.pem'", "tls.ca: \"ca.pem\" is not an absolute path"),
+        ("key = '/p/lb.key'", "", "tls.key: is missing"),
+        ("key =", "password =", "tls.password: unknown field"),
+    ] {
+        let said_too = errors(&secured.replacen(from, to, 1)).join("\n");
+        assert!(said_too.contains(said), "{said_too:?} does not say {said:?}");
+    }
+}
+
+#[test]
 fn hooks_limits_and_times_out_of_bounds_are_refused() {
     one("[datapath]", "[datapath]\nhook = 'driver'", "datapath.hook: \"driver\" is none of \"xdp\", \"tc\"");
     one("[datapath]", "[limits]\nflows = 5\n[datapath]", "limits.flows: 5 is outside of 1024 to 67108864");

@@ -126,7 +126,8 @@ fn each_mistake_has_its_own_line() {
         "t.toml:7: sites[0].next_hop: is missing: give next_hop, tunnel, or both",
     );
     one("http://10.2.1.1:7401/", "10.2.1.1:7401", "sites[0].agent: ");
-    one("http://10.2.1.1:7401/", "https://10.2.1.1:7401", "does not start with http://");
+    one("http://10.2.1.1:7401/", "ftp://10.2.1.1:7401", "starts with neither https:// nor http://");
+    one("http://10.2.1.1:7401/", "https://10.2.1.1:7401", "asks for TLS, and there is no section [tls]");
     one("http://10.2.1.1:7401/", "http://10.2.1.1", "has no port");
     one("http://10.2.1.1:7401/", "http://10.2.1.1:7401/x", "goes on after the port");
     one("\"chat6\"", "\"chat 6\"", "\"chat 6\" cannot be a name");

@@ -33,7 +33,8 @@ pub(super) fn validate(raw: Raw, errors: &mut Collector) -> Option<Config> {
     let datapath = datapath(&raw.datapath, limits, errors);
     let hold = hold(&raw.hold, errors);
     let flows = limits::flow_times(&raw.flows, errors);
-    let (sites, agents) = sites::sites(&raw.sites, errors);
+    let (sites, agents) = sites::sites(&raw, errors);
+    let tls = raw.tls.as_ref().and_then(|raw| tls(raw, errors));
     let modes = services::modes(&raw.services, errors);
     let backends = backends::backends(&raw, &sites, &datapath, &modes, errors);
     let services = services::services(&raw, &backends, &modes, &datapath, errors);
@@ -45,7 +46,7 @@ pub(super) fn validate(raw: Raw, errors: &mut Collector) -> Option<Config> {
     services::warn_of_dsr(&services, &backends, &mut warnings);
     room(&raw, services.iter().map(|service| service.backends.len()).sum(), &limits, errors);
     let plan = Plan { sites, backends, services };
-    Some(Config { admin: admin?, datapath, hold, flows, plan, checks, agents, warnings })
+    Some(Config { admin: admin?, datapath, hold, flows, plan, checks, agents, tls, warnings })
 }
 
 /// Whether the tables will have room.
@@ -96,6 +97,20 @@ fn admin(raw: &raw::Admin, warnings: &mut Vec<String>, errors: &mut Collector) -
         }
     }
     Some(Admin { listen })
+}
+
+/// Where the files are; whether they can be used is seen when they are.
+fn tls(raw: &raw::Tls, errors: &mut Collector) -> Option<migrate::tls::Files> {
+    let mut path = |field: &Text| {
+        let field = field.as_ref()?;
+        let path = PathBuf::from(&field.value);
+        if !path.is_absolute() {
+            errors.push(&field.at, &field.path, format!("{:?} is not an absolute path", field.value));
+        }
+        Some(path)
+    };
+    let (ca, certificate, key) = (path(&raw.ca), path(&raw.certificate), path(&raw.key));
+    Some(migrate::tls::Files { ca: ca?, certificate: certificate?, key: key? })
 }
 
 fn datapath(raw: &raw::Datapath, limits: super::Limits, errors: &mut Collector) -> Datapath {

@@ -9,7 +9,9 @@ use super::super::read::Field;
 use super::{unique, unusable};
 use crate::datapath::{SitePlan, Tunnel};
 
-pub(super) fn sites(raw: &[raw::Site], errors: &mut Collector) -> (Vec<SitePlan>, BTreeMap<String, String>) {
+pub(super) fn sites(raw: &raw::Raw, errors: &mut Collector) -> (Vec<SitePlan>, BTreeMap<String, String>) {
+    let has_tls = raw.tls.is_some();
+    let raw = &raw.sites;
     unique("site", raw.iter().map(|site| &site.name), errors);
     let mut sites = Vec::new();
     let mut agents = BTreeMap::new();
@@ -20,7 +22,7 @@ pub(super) fn sites(raw: &[raw::Site], errors: &mut Collector) -> (Vec<SitePlan>
             let path = format!("{}.next_hop", site.path);
             errors.push(&site.at, path, "is missing: give next_hop, tunnel, or both");
         }
-        let agent = site.agent.as_ref().and_then(|field| agent(field, errors));
+        let agent = site.agent.as_ref().and_then(|field| agent(field, has_tls, errors));
         let Some(name) = &site.name else { continue };
         if let Some(agent) = agent {
             agents.insert(name.value.clone(), agent);
@@ -64,13 +66,22 @@ fn address(field: &Field<String>, errors: &mut Collector) -> Option<IpAddr> {
     None
 }
 
-fn agent(field: &Field<String>, errors: &mut Collector) -> Option<String> {
-    let example = "such as \"http://10.2.1.1:7401\"";
+fn agent(field: &Field<String>, has_tls: bool, errors: &mut Collector) -> Option<String> {
+    let example = format!("such as \"{}://10.2.1.1:7401\"", if has_tls { "https" } else { "http" });
     let text = &field.value;
     let refused = match text.parse::<http::Uri>() {
         Err(_) => format!("{text:?} is not a URL {example}"),
-        Ok(url) if url.scheme_str() != Some("http") => {
-            format!("{text:?} does not start with http://; write a URL {example}")
+        Ok(url) if !matches!(url.scheme_str(), Some("http" | "https")) => {
+            format!("{text:?} starts with neither https:// nor http://; write a URL {example}")
+        }
+        Ok(url) if url.scheme_str() == Some("https") && !has_tls => {
+            format!(
+                "{text:?} asks for TLS, and there is no section [tls] with ca, certificate and key: make them with \
+                 `migrate pki`"
+            )
+        }
+        Ok(url) if url.scheme_str() == Some("http") && has_tls => {
+            format!("{text:?} is without TLS, and there is a section [tls]: write a URL {example}")
         }
         Ok(url) if url.port_u16().is_none_or(|port| port == 0) => {
             format!("{text:?} has no port; write a URL {example}")
