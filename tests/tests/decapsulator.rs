@@ -180,7 +180,7 @@ impl Bench {
             )
         };
         format!(
-            "site = \"ams\"\nlisten = \"{}:{}\"\nstate_dir = {:?}\n{more}{}{}",
+            "site = \"ams\"\nlisten = \"{}:{}\"\ninsecure = true\nstate_dir = {:?}\n{more}{}{}",
             address::site4(Site::A),
             address::AGENT_PORT,
             self.lab.dir().join("agent"),

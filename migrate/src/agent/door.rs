@@ -36,7 +36,7 @@ pub enum Door {
 }
 
 /// A caller who was let in.
-pub(super) enum Entered {
+pub(crate) enum Entered {
     /// In cleartext.
     Plain(TcpStream),
     /// With TLS.
@@ -63,7 +63,7 @@ impl Door {
     }
 
     /// Waits for the caller's certificate; the error is in plain words.
-    pub(super) async fn let_in(&self, stream: TcpStream) -> io::Result<Entered> {
+    pub(crate) async fn let_in(&self, stream: TcpStream) -> io::Result<Entered> {
         let Self::Guarded(config) = self else { return Ok(Entered::Plain(stream)) };
         let acceptor = TlsAcceptor::from(config.clone());
         let handshake = acceptor.accept_with(stream, |tls| tls.set_buffer_limit(Some(WRITE_BYTES)));

@@ -1,9 +1,9 @@
 //! Images: their folders on a tmpfs, and the way from the source's memory to the target's.
 
 use std::convert::Infallible;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -137,7 +137,14 @@ impl Folder {
                         if let Some(begun) = begun.take() {
                             begun();
                         }
-                        let file = File::create(path.join(&name));
+                        // For root alone even outside of its folder.
+                        let mut options = OpenOptions::new();
+                        let file = options
+                            .write(true)
+                            .create(true)
+                            .truncate(true)
+                            .mode(0o600)
+                            .open(path.join(&name));
                         let file = file.map_err(|error| ImagesError::File(name.clone(), error))?;
                         current = Some((name, file));
                     }
@@ -257,6 +264,8 @@ impl Upload {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn stream(bytes: Vec<u8>) -> impl Stream<Item = Result<Bytes, Infallible>> + Unpin {
@@ -292,6 +301,9 @@ mod tests {
         let sent_bytes = Folder::receive(to.path(), stream(bytes.clone()), || begun += 1).await.unwrap();
         assert_eq!((sent_bytes, begun), (bytes.len() as u64, 1));
         assert_eq!(fs::read(to.path().join("pages-1.img")).unwrap(), large);
+        for entry in fs::read_dir(to.path()).unwrap() {
+            assert_eq!(entry.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        }
         let names = |folder: &Folder| {
             let mut names: Vec<_> = folder.list().unwrap().into_iter().map(|(name, _)| name).collect();
             names.sort();
@@ -315,7 +327,6 @@ mod tests {
 
     #[test]
     fn a_folder_is_private_and_wiped() {
-        use std::os::unix::fs::PermissionsExt;
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::create(root.path(), "m-1").unwrap();
         let path = folder.path().to_owned();

@@ -71,7 +71,7 @@ pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::i
 }
 
 /// Answers one caller until the connection ends.
-async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+pub(crate) async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     caller: Caller,
     is_http2: bool,

@@ -180,7 +180,7 @@ impl Credentials {
 
     /// For taking connections: from whoever has a certificate of the CA with an identity in it.
     pub fn server_config(&self) -> Result<ServerConfig, TlsError> {
-        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
+        let mut config = ServerConfig::builder_with_provider(self.provider())
             .with_protocol_versions(&[&TLS13])
             .map_err(TlsError::Setup)?
             .with_client_cert_verifier(self.callers.clone())
@@ -193,14 +193,21 @@ impl Credentials {
         Ok(config)
     }
 
+    pub(super) fn provider(&self) -> Arc<CryptoProvider> {
+        self.provider.clone()
+    }
+
+    pub(super) fn site_agent(&self, site: &str) -> Arc<SiteAgent> {
+        Arc::new(SiteAgent::new(site, self.roots.clone(), &self.provider))
+    }
+
     /// For a connection to the agent of one site.
     pub fn client_config(&self, site: &str) -> Result<ClientConfig, TlsError> {
-        let agent = SiteAgent::new(site, self.roots.clone(), &self.provider);
-        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+        let mut config = ClientConfig::builder_with_provider(self.provider())
             .with_protocol_versions(&[&TLS13])
             .map_err(TlsError::Setup)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(agent))
+            .with_custom_certificate_verifier(self.site_agent(site))
             .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
             .map_err(TlsError::Setup)?;
         config.alpn_protocols = vec![HTTP2.to_vec()];

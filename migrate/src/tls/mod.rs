@@ -21,4 +21,7 @@ pub(crate) use dial::dial;
 pub use files::{Credentials, Files, TlsError};
 pub use identity::Identity;
 pub(crate) use words::plain_io;
+
+#[cfg(test)]
+mod handshake_tests;
 pub use words::plain_words;

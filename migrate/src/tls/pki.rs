@@ -172,7 +172,7 @@ fn alternative_name(address: &str) -> Result<SanType, PkiError> {
 }
 
 /// The CA that [`init`] has made: what signs, and its certificate's file.
-fn open(dir: &Path) -> Result<(Issuer<'static, KeyPair>, PathBuf), PkiError> {
+pub(super) fn open(dir: &Path) -> Result<(Issuer<'static, KeyPair>, PathBuf), PkiError> {
     let (file, key_file) = (dir.join("ca.pem"), dir.join("ca.key"));
     let no_ca = |error| PkiError::NoCa(dir.to_owned(), error);
     let pem = fs::read(&file).map_err(no_ca)?;
@@ -220,7 +220,7 @@ fn refuse_existing(files: &[&Path]) -> Result<(), PkiError> {
     }
 }
 
-fn write_new(file: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
+pub(super) fn write_new(file: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::AlreadyExists => PkiError::Exists(file.to_owned()),
         _ => PkiError::Write(file.to_owned(), error),
