@@ -345,7 +345,7 @@ fn bad_requests_have_their_own_answers_and_change_nothing() {
     let client = Client::start(&lab);
     let prepare = |role: &str, workload: &str, address: &str| {
         format!(
-            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","hold_deadline_ms":1000}}"#
+            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","peer_site":"c","hold_deadline_ms":1000}}"#
         )
     };
     let address = lab.address.to_string();
@@ -380,5 +380,89 @@ fn bad_requests_have_their_own_answers_and_change_nothing() {
     }
     assert!(lab.get(At::A, "/healthz").ends_with("ok\n"));
     client.wait(20);
+    client.finish().unwrap();
+}
+
+#[test]
+fn an_agent_commands_no_other_and_sends_only_what_is_expected_of_it() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let (coordinator, [a, b]) = &lab.certificates;
+    let prepare = |peer: &str| {
+        format!(
+            r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"{peer}","hold_deadline_ms":1000}}"#,
+            lab.address
+        )
+    };
+    let part = format!(r#"{{"role":"source","workload":"{BACKEND}"}}"#);
+    for (method, path, body) in [
+        ("GET", "/v1/workloads".to_owned(), String::new()),
+        ("POST", format!("/v1/workloads/{BACKEND}/stop"), String::new()),
+        ("PUT", "/v1/migrations/x".to_owned(), prepare("b")),
+        ("GET", "/v1/migrations/x/events".to_owned(), String::new()),
+        ("POST", "/v1/migrations/x/freeze".to_owned(), r#"{"settle_us":0}"#.to_owned()),
+        ("POST", "/v1/migrations/x/release".to_owned(), part.clone()),
+        ("POST", "/v1/migrations/x/verb-of-tomorrow".to_owned(), part),
+    ] {
+        let answer = lab.http_as(b, At::A, method, &path, &body);
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{method} {path}: {answer}");
+        assert!(answer.contains("this is for coordinators"), "{answer}");
+    }
+    assert!(lab.http_as(b, At::A, "GET", "/healthz", "").ends_with("ok\n"));
+    assert!(lab.log(At::A).contains("refused: this is for coordinators"), "{}", lab.log(At::A));
+
+    let images = |files, id: &str| {
+        lab.http_as(files, At::B, "POST", &format!("/v1/migrations/{id}/images"), "no images")
+    };
+    assert!(images(a, "none").starts_with("HTTP/1.1 404 "));
+    for (id, peer, status) in [("from-c", "c", "403"), ("from-a", "a", "422")] {
+        let answer = lab.http_as(coordinator, At::B, "PUT", &format!("/v1/migrations/{id}"), &prepare(peer));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        // What is let in is found to be no images.
+        let answer = images(a, id);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{id}: {answer}");
+    }
+    client.wait(20);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_coordinator_that_means_another_site_moves_nothing() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let mut spec = lab.spec("m-wrong", At::A, DEADLINE);
+    spec.target.url = spec.source.url.clone();
+    let report = lab.migrate(spec, |_| ());
+    assert_rolled_back(
+        &lab,
+        &report,
+        "it is that of the agent of site \"a\", and the agent of site \"b\" is meant",
+    );
+    client.wait(20);
+    client.finish().unwrap();
+}
+
+#[test]
+fn images_and_keys_are_for_root_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let mode = |path: PathBuf| std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+    let frozen = std::sync::Mutex::new(Vec::new());
+    let report = lab.migrate(lab.spec("m-modes", At::A, DEADLINE), |_| {
+        for at in ["a", "b"] {
+            let folder = lab.dir.join(format!("state-{at}/images/m-modes"));
+            let Ok(metadata) = std::fs::metadata(folder) else { continue };
+            frozen.lock().unwrap().push(metadata.permissions().mode() & 0o777);
+        }
+    });
+    assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
+    let frozen = frozen.into_inner().unwrap();
+    assert!(!frozen.is_empty() && frozen.iter().all(|mode| *mode == 0o700), "{frozen:?}");
+    for at in ["a", "b"] {
+        assert_eq!(mode(lab.dir.join(format!("state-{at}/images"))), 0o700);
+        assert_eq!(mode(lab.dir.join(format!("pki/agent-{at}.key"))), 0o600);
+    }
+    assert_eq!(mode(lab.dir.join("pki/ca.key")), 0o600);
     client.finish().unwrap();
 }

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use migrate::coordinator::{
     AgentAt, Cutover, CutoverError, DEFAULT_DRAIN, HoldRequest, Policy, Progress, Protocol, Report, Spec,
 };
+use migrate::tls::pki::{self, Validity};
+use migrate::tls::{Credentials, Files, Identity};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -74,6 +76,8 @@ pub struct Lab {
     tag: String,
     pub dir: PathBuf,
     pub address: SocketAddr,
+    /// The coordinator's, and each site's.
+    pub certificates: (Files, [Files; 2]),
     agents: Mutex<[Option<Child>; 2]>,
     options: Options,
 }
@@ -105,8 +109,8 @@ impl At {
         if self == Self::A { Self::B } else { Self::A }
     }
 
-    fn url(self) -> String {
-        format!("http://10.2.{}.1:7401", self as usize + 1)
+    fn host(self) -> SocketAddr {
+        ([10, 2, self as u8 + 1, 1], 7401).into()
     }
 }
 
@@ -116,8 +120,9 @@ impl Lab {
         let dir = PathBuf::from(format!("/dev/shm/{tag}"));
         std::fs::create_dir(&dir).unwrap();
         let address = if options.ipv6 { "[fd00:1::1]:7000" } else { "10.1.0.1:7000" };
-        let lab =
-            Self { tag, dir, address: address.parse().unwrap(), agents: Mutex::new([None, None]), options };
+        let certificates = certify(&dir.join("pki"));
+        let (address, agents) = (address.parse().unwrap(), Mutex::new([None, None]));
+        let lab = Self { tag, dir, address, certificates, agents, options };
         lab.build();
         for at in [At::A, At::B] {
             lab.start_agent(at);
@@ -193,12 +198,13 @@ impl Lab {
     pub fn start_agent(&self, at: At) {
         let config = self.dir.join(format!("agent-{}.toml", at.name()));
         let text = format!(
-            "site = {:?}\nlisten = \"10.2.{}.1:7401\"\nstate_dir = {:?}\n{}[[workloads]]\nname = {BACKEND:?}\n\
+            "site = {:?}\nlisten = \"{}\"\nstate_dir = {:?}\n{}{}[[workloads]]\nname = {BACKEND:?}\n\
              address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n",
             at.name(),
-            at as usize + 1,
+            at.host(),
             self.dir.join(format!("state-{}", at.name())),
             self.options.criu.as_ref().map_or(String::new(), |criu| format!("criu = [{criu:?}]\n")),
+            section(&self.certificates.1[at as usize]),
             self.address,
             self.command(),
             self.dir,
@@ -240,7 +246,11 @@ impl Lab {
     }
 
     pub fn spec(&self, id: &str, from: At, deadline: Duration) -> Spec {
-        let agent = |at: At| AgentAt { site: at.name().to_owned(), url: at.url() };
+        let agent = |at: At| AgentAt {
+            site: at.name().to_owned(),
+            url: format!("https://{}", at.host()),
+            tls: Some(self.certificates.0.clone()),
+        };
         Spec {
             id: id.to_owned(),
             backend: BACKEND.to_owned(),
@@ -286,14 +296,22 @@ impl Lab {
     }
 
     pub fn http(&self, at: At, method: &str, path: &str, body: &str) -> String {
-        let host = at.url().trim_start_matches("http://").to_owned();
+        self.http_as(&self.certificates.0, at, method, path, body)
+    }
+
+    /// The same, with somebody's certificate.
+    pub fn http_as(&self, files: &Files, at: At, method: &str, path: &str, body: &str) -> String {
+        let host = at.host();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-type: application/json\r\n\
              content-length: {}\r\n\r\n{body}",
             body.len()
         );
+        let mut config = Credentials::read(files).unwrap().client_config(at.name()).unwrap();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let tls = rustls::ClientConnection::new(Arc::new(config), host.ip().into()).unwrap();
         self.inside("r", move || {
-            let mut stream = TcpStream::connect(host).unwrap();
+            let mut stream = rustls::StreamOwned::new(tls, TcpStream::connect(host).unwrap());
             stream.write_all(request.as_bytes()).unwrap();
             std::io::read_to_string(stream).unwrap()
         })
@@ -332,6 +350,21 @@ impl Drop for Lab {
         }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
+}
+
+/// A CA, a coordinator and the agents of both sites.
+fn certify(dir: &Path) -> (Files, [Files; 2]) {
+    let validity = Validity::days(1).unwrap();
+    pki::init(dir, "lab", validity).unwrap();
+    let issue = |identity, addresses: &[String]| pki::issue(dir, &identity, addresses, validity).unwrap();
+    let agent = |at: At| issue(Identity::Agent(at.name().to_owned()), &[at.host().ip().to_string()]);
+    (issue(Identity::Coordinator("lb".to_owned()), &[]), [agent(At::A), agent(At::B)])
+}
+
+/// Section `[tls]` of an agent's configuration.
+fn section(files: &Files) -> String {
+    let keys = files.each().map(|(key, path)| format!("{key} = {path:?}\n"));
+    format!("[tls]\n{}", keys.concat())
 }
 
 #[derive(Clone, Copy)]
