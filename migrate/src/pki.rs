@@ -31,7 +31,7 @@ pub enum Pki {
         whose: Whose,
         /// An IP address or name at which the agent is reached; may be given more than once. Without any, the agent may
         /// be anywhere: the site is what counts.
-        #[arg(long, value_name = "IP_OR_DNS", requires = "agent")]
+        #[arg(long, value_name = "IP_OR_DNS", conflicts_with = "coordinator")]
         address: Vec<String>,
         /// For how many days it is good.
         #[arg(long, default_value_t = CERTIFICATE_DAYS)]
@@ -79,5 +79,38 @@ impl Pki {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        pki: Pki,
+    }
+
+    #[test]
+    fn a_certificate_is_for_one_and_addresses_are_agents() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        for good in [
+            "pki init --dir d --name n --days 9",
+            "pki issue --dir d --coordinator lb",
+            "pki issue --dir d --agent ams --address 10.2.1.1 --address ams.example --days 9",
+        ] {
+            assert!(parse(good), "{good}");
+        }
+        for bad in [
+            "pki issue --dir d",
+            "pki issue --dir d --coordinator lb --agent ams",
+            "pki issue --dir d --coordinator lb --address 10.2.1.1",
+            "pki issue --coordinator lb",
+        ] {
+            assert!(!parse(bad), "{bad}");
+        }
     }
 }

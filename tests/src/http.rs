@@ -50,28 +50,33 @@ pub struct Server {
     pub tls: Option<Arc<ClientConfig>>,
 }
 
-impl From<SocketAddr> for Server {
-    fn from(address: SocketAddr) -> Self {
-        Self { address, tls: None }
-    }
-}
-
 /// Sends one request from inside `namespace` and reads the whole answer. A body is announced as `content_type`.
 pub fn request(
     namespace: &Namespace,
-    server: impl Into<Server>,
+    address: SocketAddr,
     method: &str,
     path: &str,
     content_type: &str,
     body: &[u8],
 ) -> Result<Response, LabError> {
-    let server = server.into();
+    request_to(namespace, &Server { address, tls: None }, method, path, content_type, body)
+}
+
+/// [`request`] to a server that may speak TLS.
+pub fn request_to(
+    namespace: &Namespace,
+    server: &Server,
+    method: &str,
+    path: &str,
+    content_type: &str,
+    body: &[u8],
+) -> Result<Response, LabError> {
     let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", server.address);
     if !body.is_empty() {
         head += &format!("content-type: {content_type}\r\n");
     }
     head += &format!("content-length: {}\r\n\r\n", body.len());
-    namespace.run(|| connect_and_exchange(&server, &head, body)).map_err(|error| {
+    namespace.run(|| connect_and_exchange(server, &head, body)).map_err(|error| {
         let scheme = if server.tls.is_some() { "https" } else { "http" };
         LabError::Http { url: format!("{scheme}://{}{path}", server.address), problem: error.to_string() }
     })

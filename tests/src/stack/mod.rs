@@ -207,7 +207,8 @@ impl Stack {
         let server = Server { address, tls: Some(self.certificates.client(site)) };
         let body = body.map(Value::to_string).unwrap_or_default();
         let namespace = self.lab.site(site);
-        let response = http::request(namespace, server, method, path, "application/json", body.as_bytes())?;
+        let response =
+            http::request_to(namespace, &server, method, path, "application/json", body.as_bytes())?;
         Ok((response.status, response.json()))
     }
 
