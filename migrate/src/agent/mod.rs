@@ -10,7 +10,7 @@
 //!
 //! What is not here: any decision about a migration as a whole.
 
-mod admission;
+pub(crate) mod admission;
 pub mod config;
 pub mod door;
 pub mod images;

@@ -3,7 +3,7 @@
 //! * [`identity`]: what a certificate says of its owner: a coordinator, or the agent of one site.
 //! * [`pki`]: makes a CA and issues certificates, for `migrate pki` and for labs.
 //! * [`files`]: where an own certificate, its key and the CA are, and reading them.
-//! * [`dial`]: a client's handshake.
+//! * [`mod@dial`]: a client's handshake.
 //! * [`verify`]: whom an agent lets in, and whom a client takes for a site's agent.
 //! * [`words`]: what went wrong in a handshake, for an operator.
 //!
