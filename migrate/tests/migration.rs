@@ -345,7 +345,7 @@ fn bad_requests_have_their_own_answers_and_change_nothing() {
     let client = Client::start(&lab);
     let prepare = |role: &str, workload: &str, address: &str| {
         format!(
-            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","peer_site":"c","hold_deadline_ms":1000}}"#
+            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","peer_site":"c","hold_deadline_ms":1000,"lease_ms":10000}}"#
         )
     };
     let address = lab.address.to_string();
@@ -390,7 +390,7 @@ fn an_agent_commands_no_other_and_sends_only_what_is_expected_of_it() {
     let (coordinator, [a, b]) = &lab.certificates;
     let prepare = |peer: &str| {
         format!(
-            r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"{peer}","hold_deadline_ms":1000}}"#,
+            r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"{peer}","hold_deadline_ms":1000,"lease_ms":10000}}"#,
             lab.address
         )
     };
