@@ -22,6 +22,7 @@ pub mod address;
 mod error;
 pub mod http;
 mod lab_id;
+pub mod link;
 mod namespace;
 pub mod process;
 pub mod processors;
@@ -39,6 +40,7 @@ pub use programs::program;
 pub use remains::sweep;
 
 use lab_id::LabId;
+use link::{Link, Spec};
 
 /// One of the two places where a backend can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,6 +81,8 @@ pub struct Lab {
     lb: Namespace,
     sites: [Namespace; 2],
     dir: PathBuf,
+    /// Between the sites, in place of a plain one.
+    link: Option<Link>,
 }
 
 impl Lab {
@@ -98,7 +102,7 @@ impl Lab {
         std::fs::create_dir(&dir)
             .map_err(LabError::io(format!("create the scratch folder {}", dir.display())))?;
         let [client, lb, site_a, site_b] = topology::create(id)?;
-        Ok(Lab { id: id.clone(), client, lb, sites: [site_a, site_b], dir })
+        Ok(Lab { id: id.clone(), client, lb, sites: [site_a, site_b], dir, link: None })
     }
 
     /// Where clients run.
@@ -138,10 +142,29 @@ impl Lab {
     pub fn hold_virtual_addresses(&self) -> Result<(), LabError> {
         topology::hold_virtual_addresses(&self.lb, &self.sites)
     }
+
+    /// Puts an emulated link in the place of the plain one between the sites: what agents send each other goes through
+    /// it (the first way is [`Site::A`] to [`Site::B`]), under the same addresses, and nothing else does. Connections
+    /// between the sites survive it, what is under way may be lost.
+    pub fn join_sites(&mut self, spec: &Spec) -> Result<(), LabError> {
+        // First goes what is there, since the names are the same.
+        self.link = None;
+        topology::remove_between(&self.sites)?;
+        let link = Link::new(self.site(Site::A), self.site(Site::B), topology::BETWEEN, spec)?;
+        topology::address_between(&self.sites)?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// The emulated link between the sites, after [`Lab::join_sites`].
+    pub fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
+    }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        self.link = None;
         remains::remove(&self.id);
     }
 }

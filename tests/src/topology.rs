@@ -17,6 +17,9 @@ const OFFLOADS_LB: &str = "tx off tso off gso off gro off";
 /// The other ends have GRO on: it makes the veth receive what XDP redirects into its peer, without a program there.
 const OFFLOADS_PEER: &str = "tx off tso off gso off gro on";
 
+/// The name of both ends of the link between the sites.
+pub(crate) const BETWEEN: &str = "x0";
+
 /// Set before any interface exists, so that interfaces are born with them.
 const SETTINGS: &[(&str, &str)] = &[
     ("ipv4/conf/all/rp_filter", "0"),
@@ -97,7 +100,8 @@ fn lb_lines(client: &Namespace, site_a: &Namespace, site_b: &Namespace) -> Vec<S
         lines.push(format!("link add {device} type veth peer name eth0 netns {}", peer.name()));
         lines.push(format!("link set {device} up"));
     }
-    lines.push(format!("link add x0 netns {} type veth peer name x0 netns {}", site_a.name(), site_b.name()));
+    let (at_a, at_b) = (site_a.name(), site_b.name());
+    lines.push(format!("link add {BETWEEN} netns {at_a} type veth peer name {BETWEEN} netns {at_b}"));
     lines.push(format!("addr add {}/24 dev c0", address::LB4));
     lines.push(format!("addr add {}/64 dev c0 nodad", address::LB6));
     lines.push(format!("addr add {}/32 dev c0", address::VIRTUAL4));
@@ -138,14 +142,35 @@ fn site_lines(site: Site) -> Vec<String> {
     for prefix in ["default", "fd00:9::/64"] {
         lines.push(format!("route add {prefix} via {via6} src {source6}"));
     }
+    lines.extend(between_lines(site));
+    lines
+}
+
+fn between_lines(site: Site) -> [String; 3] {
     // Agents speak over the sites' own link and from their own address: the other site holds the backend's too, and
     // would answer itself.
     let other = site.other();
-    lines.push("link set x0 up".to_owned());
-    lines.push(format!("addr add {}/24 dev x0", address::between4(site)));
     let (to, via, from) = (address::site4(other), address::between4(other), address::site4(site));
-    lines.push(format!("route add {to} via {via} src {from}"));
-    lines
+    [
+        format!("link set {BETWEEN} up"),
+        format!("addr add {}/24 dev {BETWEEN}", address::between4(site)),
+        format!("route add {to} via {via} src {from}"),
+    ]
+}
+
+/// Removes the link between the sites, if it is there.
+pub(crate) fn remove_between([site, _]: &[Namespace; 2]) -> Result<(), LabError> {
+    let is_there = site.run(|| nix::net::if_::if_nametoindex(BETWEEN)).is_ok();
+    // A veth goes with its peer.
+    if is_there { ip_batch(site, &[format!("link del {BETWEEN}")]) } else { Ok(()) }
+}
+
+/// Gives a new link between the sites the addresses and routes of the plain one.
+pub(crate) fn address_between(sites: &[Namespace; 2]) -> Result<(), LabError> {
+    Site::ALL
+        .into_iter()
+        .zip(sites)
+        .try_for_each(|(site, namespace)| ip_batch(namespace, &between_lines(site)))
 }
 
 fn add_namespaces(names: &[String]) -> Result<(), LabError> {
@@ -157,7 +182,7 @@ fn add_namespaces(names: &[String]) -> Result<(), LabError> {
     feed(Command::new("ip").args(["-batch", "-"]), &lines)
 }
 
-fn ip_batch(namespace: &Namespace, lines: &[String]) -> Result<(), LabError> {
+pub(crate) fn ip_batch(namespace: &Namespace, lines: &[String]) -> Result<(), LabError> {
     feed(Command::new("ip").args(["-n", namespace.name(), "-batch", "-"]), lines)
 }
 

@@ -25,6 +25,7 @@ pub use workload::{Mode, Protocol, Tunnels, Workload};
 
 use crate::error::LabError;
 use crate::http::{self, Response, Server};
+use crate::link::Spec;
 use crate::process::Process;
 use crate::{Lab, Site, address, processors, program, wait_for};
 
@@ -53,6 +54,9 @@ pub struct StackOptions {
     pub hidden: Vec<(Site, PathBuf)>,
     /// Keeps the sites on these processors (see [`crate::processors`]); empty: on any.
     pub site_processors: Vec<usize>,
+    /// An emulated link between the sites, for what agents send each other (see [`Lab::join_sites`]); `None`: whatever
+    /// the lab has.
+    pub link: Option<Spec>,
 }
 
 /// Section `[hold]` of the daemon's configuration; what is `None` is left out.
@@ -88,8 +92,11 @@ pub struct Stack {
 
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
-    pub fn start(lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, tunnels, hold, environment, hidden, site_processors } = options;
+    pub fn start(mut lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
+        let StackOptions { workloads, tunnels, hold, environment, hidden, site_processors, link } = options;
+        if let Some(spec) = &link {
+            lab.join_sites(spec)?;
+        }
         if tunnels.is_some() {
             lab.hold_virtual_addresses()?;
         }
