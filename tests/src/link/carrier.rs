@@ -22,6 +22,9 @@ const BATCH: usize = 32;
 /// The largest packet of a TUN device.
 const PACKET_BYTES: usize = PREFIX_BYTES + 65_536;
 
+/// What the kernel takes as a timeout; waking too early does no harm.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
 /// One way of a link, at work. Ends with its handle.
 #[derive(Debug)]
 pub(super) struct Carrier {
@@ -143,7 +146,8 @@ fn pass(queue: &mut Queue<Vec<u8>>, to: &Device, packet: &[u8], size: Size) {
 
 /// Sleeps until a packet comes, until `next`, or until woken.
 fn wait(shared: &Shared, from: &Device, next: Option<Duration>) -> nix::Result<()> {
-    let timeout = next.map(|next| TimeSpec::from(next.saturating_sub(shared.start.elapsed())));
+    let timeout =
+        next.map(|next| TimeSpec::from(next.saturating_sub(shared.start.elapsed()).min(LONGEST_WAIT)));
     let mut files =
         [PollFd::new(from.as_fd(), PollFlags::POLLIN), PollFd::new(shared.wake.as_fd(), PollFlags::POLLIN)];
     match ppoll(&mut files, timeout, None) {

@@ -168,9 +168,9 @@ impl<T> Queue<T> {
         while let Some(first) = self.waiting.pop_front_if(|first| first.offered.max(self.free_at) <= now) {
             self.waiting_size.frames -= first.size.frames;
             self.waiting_size.bytes -= first.size.bytes;
-            self.free_at = first.offered.max(self.free_at) + self.sending_time(first.size);
-            let due = self.free_at + self.spec.delay + self.spec.jitter.mul_f64(self.random.share());
-            self.last_due = due.max(self.last_due);
+            self.free_at = first.offered.max(self.free_at).saturating_add(self.sending_time(first.size));
+            let on_line = self.spec.delay.saturating_add(self.spec.jitter.mul_f64(self.random.share()));
+            self.last_due = self.free_at.saturating_add(on_line).max(self.last_due);
             let is_lost = self.spec.loss > 0.0 && self.random.share() < self.spec.loss;
             if is_lost {
                 self.counters.dropped_by_loss += first.size.frames;
@@ -185,7 +185,7 @@ impl<T> Queue<T> {
         const NS_PER_BYTE_AT_1_BIT_PER_S: u128 = 8_000_000_000;
         self.spec.rate_bits_per_s.map_or(Duration::ZERO, |rate| {
             let ns = (u128::from(size.bytes) * NS_PER_BYTE_AT_1_BIT_PER_S).div_ceil(rate.get().into());
-            Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX / 2))
+            Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX))
         })
     }
 
