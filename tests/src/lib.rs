@@ -13,7 +13,8 @@
 //!
 //! A [`Lab`] is made in a fraction of a second, can stand beside others, and is removed when it is
 //! dropped; what a crashed process left behind is removed by the next one to make a lab.
-//! [`stack::Stack`] starts our own processes in one: a daemon and an agent at each site.
+//! [`stack::Stack`] starts our own processes in one: a daemon and an agent at each site. The link between the sites can
+//! be given delay, rate, losses and cuts ([`Lab::join_sites`], [`link::Link`]).
 //!
 //! Here is no knowledge of what our processes do, only of how to start, reach and kill them.
 //! Tests that use the lab are in this package's `tests/` and in the packages they test.

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use bench::probe::wait_until_it_answers;
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
+use lab::link::{QueueLimit, Spec, Way, WaySpec};
 use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
@@ -199,6 +201,34 @@ fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
     let timeline = clients.stop().unwrap();
     assert_eq!((timeline.faults.lost, timeline.faults.duplicated), (0, 0), "{:?}", timeline.errors);
     assert!(timeline.answered() >= 6, "{}", timeline.answered());
+}
+
+#[test]
+fn a_server_moves_over_a_long_way_with_losses() {
+    let way = WaySpec {
+        delay: Duration::from_millis(10),
+        rate_bits_per_s: NonZeroU64::new(400_000_000),
+        queue: QueueLimit::Bytes(1 << 20),
+        loss: 0.0005,
+        ..WaySpec::default()
+    };
+    let hold = HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
+    let link = Some(Spec::symmetric(way));
+    let drill = Drill::with(StackOptions {
+        workloads: vec![Workload::redis(1)],
+        hold,
+        link,
+        ..StackOptions::default()
+    });
+    let crossed = |way| drill.stack.lab().link().unwrap().counters(way).forwarded_bytes;
+    for (to, way) in [(Site::B, Way::AToB), (Site::A, Way::BToA)] {
+        let before = crossed(way);
+        drill.goes_on();
+        assert!(crossed(way) - before < 20_000, "clients do not go over the sites' link");
+        drill.commits(to);
+        assert!(crossed(way) - before > 500_000, "images do: {}", crossed(way) - before);
+    }
+    drill.must_be_whole();
 }
 
 #[test]

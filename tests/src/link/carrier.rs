@@ -42,6 +42,7 @@ struct Shared {
 }
 
 impl Carrier {
+    /// Starts a thread that reads from one device and writes to the other what comes out of `queue`.
     pub(super) fn start(
         name: &str,
         from: Arc<Device>,

@@ -24,7 +24,8 @@ pub(super) struct Device {
 impl Device {
     /// Makes the device `name` in `namespace`; it is down.
     pub(super) fn new(namespace: &Namespace, name: &str) -> Result<Device, LabError> {
-        let what = format!("make the TUN device {name} in the namespace {}", namespace.name());
+        let what =
+            format!("make the TUN device {name} in the namespace {} (is {CLONE} there?)", namespace.name());
         // The file belongs to the namespace in which it was opened.
         namespace.run(|| open(name)).map(|file| Device { file }).map_err(LabError::io(what))
     }

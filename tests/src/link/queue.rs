@@ -69,6 +69,7 @@ struct OnLine<T> {
 }
 
 impl<T> Queue<T> {
+    /// Empty and healed.
     pub(crate) fn new(spec: WaySpec) -> Queue<T> {
         Queue {
             spec,
@@ -109,6 +110,7 @@ impl<T> Queue<T> {
         self.is_cut = false;
     }
 
+    /// What happened so far.
     pub(crate) fn counters(&self) -> Counters {
         self.counters
     }
