@@ -13,6 +13,7 @@ use nix::sys::prctl::set_timerslack;
 use nix::sys::time::TimeSpec;
 
 use super::device::Device;
+use super::priority::go_first;
 use super::queue::{Offer, Queue, Size};
 use super::size::{PREFIX_BYTES, size};
 use crate::error::LabError;
@@ -98,6 +99,7 @@ impl Shared {
 fn carry(shared: &Shared, from: &Device, to: &Device) {
     // By default the kernel adds up to 50 us to each wait. Best effort.
     let _ = set_timerslack(1);
+    go_first();
     let mut buffer = vec![0; PACKET_BYTES];
     while !shared.ends.load(Ordering::Acquire) {
         let (next, more) = {

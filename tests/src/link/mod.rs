@@ -6,7 +6,7 @@
 //!               <--write--     line <- transmitter <- queue  <--read--
 //! ```
 //!
-//! Two threads, one for each way, sleep until a packet comes or is due; the queue ([`queue`]) is pure, and packets that
+//! Two threads, one for each way, sleep until a packet comes or is due, and go before all ordinary ones; the queue ([`queue`]) is pure, and packets that
 //! nothing holds up are passed on without a copy. Kernels without netem can do without it this way, and settings change
 //! without a packet lost.
 //!
@@ -19,6 +19,7 @@
 
 mod carrier;
 mod device;
+mod priority;
 mod queue;
 mod size;
 mod spec;

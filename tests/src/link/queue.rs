@@ -151,6 +151,7 @@ impl<T> Queue<T> {
             self.transmit(now);
             let on_line = self.line.pop_front_if(|first| first.due <= now)?;
             self.line_bytes -= on_line.size.bytes;
+            self.counters.latest = self.counters.latest.max(now.saturating_sub(on_line.due));
             if let Some(packet) = on_line.packet {
                 self.count_forwarded(on_line.size);
                 return Some((packet, on_line.size));

@@ -92,4 +92,7 @@ pub struct Counters {
     pub dropped_by_cut: u64,
     /// Refused by the device at the other end: it is down, or memory is short.
     pub refused: u64,
+    /// The longest that a frame left after it was due, because the link's thread did not get a processor in time: how far
+    /// what was measured over the link can be trusted.
+    pub latest: Duration,
 }
