@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lab::link::{Counters, Link, QueueLimit, Spec, Way, WaySpec};
-use lab::{Lab, Namespace, Site, address};
+use lab::{Lab, Namespace, Site, address, wait_for};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -63,6 +63,18 @@ fn bind(namespace: &Namespace, at: Ipv4Addr) -> UdpSocket {
 fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> T {
     values.sort_by(|a, b| a.partial_cmp(b).unwrap());
     values[values.len() / 2]
+}
+
+/// Measures until it is `good`, three times at most, and returns the last: whatever else the machine does only makes
+/// things slower, and what is wrong with the link is wrong each time.
+fn settled<T>(mut measure: impl FnMut() -> T, good: impl Fn(&T) -> bool) -> T {
+    let mut found = measure();
+    for _ in 0..2 {
+        if !good(&found) {
+            found = measure();
+        }
+    }
+    found
 }
 
 /// The median round trip of small datagrams between two addresses.
@@ -179,10 +191,15 @@ fn a_round_trip_takes_both_delays() {
     for ms in [0, 1, 20, 40] {
         bench.set(delay(ms));
         let asked = Duration::from_millis(2 * ms);
-        let found = round_trip(a, (b, address::between4(Site::B)), 31);
-        println!("delay {ms} ms each way: median round trip {found:?}");
         let bound = asked.mul_f64(0.1).max(Duration::from_micros(1500));
-        assert!(found >= asked && found <= asked + bound, "{found:?} instead of {asked:?}");
+        let measure = || {
+            let found = round_trip(a, (b, address::between4(Site::B)), 31);
+            println!("delay {ms} ms each way: median round trip {found:?}");
+            assert!(found >= asked, "{found:?} is early");
+            found
+        };
+        let found = settled(measure, |found| *found <= asked + bound);
+        assert!(found <= asked + bound, "{found:?} instead of {asked:?}");
     }
 }
 
@@ -192,14 +209,18 @@ fn each_way_has_its_own_delay() {
     bench.link().set(&Spec { a_to_b: delay(30), b_to_a: delay(5) }).unwrap();
     let sockets = [Site::A, Site::B].map(|site| bind(bench.lab.site(site), address::between4(site)));
     for (from, to, ms) in [(&sockets[0], &sockets[1], 30), (&sockets[1], &sockets[0], 5)] {
-        let times = (0..15).map(|_| {
-            let start = Instant::now();
-            from.send_to(b"hello", to.local_addr().unwrap()).unwrap();
-            to.recv(&mut [0; 9]).unwrap();
-            start.elapsed()
-        });
-        let (found, asked) = (median(times.collect()), Duration::from_millis(ms));
-        assert!(found >= asked && found < asked + Duration::from_millis(3), "{found:?} instead of {asked:?}");
+        let one_way = || {
+            let times = (0..15).map(|_| {
+                let start = Instant::now();
+                from.send_to(b"hello", to.local_addr().unwrap()).unwrap();
+                to.recv(&mut [0; 9]).unwrap();
+                start.elapsed()
+            });
+            median(times.collect())
+        };
+        let (asked, bound) = (Duration::from_millis(ms), Duration::from_millis(ms + 3));
+        let found = settled(one_way, |found| *found < bound);
+        assert!(found >= asked && found < bound, "{found:?} instead of {asked:?}");
     }
 }
 
@@ -208,10 +229,15 @@ fn a_transfer_takes_the_rate_and_no_more() {
     let bench = Bench::new(WaySpec::default());
     for (mbit_per_s, bytes) in [(10, 1_500_000), (100, 15_000_000)] {
         bench.set(rate(mbit_per_s * 1_000_000));
-        let found = median((0..3).map(|_| bulk_bits_per_s(&bench, bytes)).collect()) / 1e6;
-        println!("rate {mbit_per_s} Mb/s: a TCP transfer gets {found:.2} Mb/s");
         let asked = mbit_per_s as f64;
-        assert!(found >= asked * 0.9 && found <= asked * 1.01, "{found} instead of {asked} Mb/s");
+        let measure = || {
+            let found = median((0..3).map(|_| bulk_bits_per_s(&bench, bytes)).collect()) / 1e6;
+            println!("rate {mbit_per_s} Mb/s: a TCP transfer gets {found:.2} Mb/s");
+            assert!(found <= asked * 1.01, "{found} instead of {asked} Mb/s");
+            found
+        };
+        let found = settled(measure, |found| *found >= asked * 0.9);
+        assert!(found >= asked * 0.9, "{found} instead of {asked} Mb/s");
     }
 }
 
@@ -265,14 +291,17 @@ fn jitter_keeps_the_order() {
     assert!(arrived.iter().copied().eq(0..2000), "{} arrived", arrived.len());
     // Far enough apart that none waits for another.
     let [sender, receiver] = bench.sockets();
-    let times = (0..60).map(|_| {
-        let start = Instant::now();
-        sender.send(b"hello").unwrap();
-        receiver.recv(&mut [0; 9]).unwrap();
-        start.elapsed()
-    });
-    let found = median(times.collect());
+    let one_way = || {
+        let times = (0..60).map(|_| {
+            let start = Instant::now();
+            sender.send(b"hello").unwrap();
+            receiver.recv(&mut [0; 9]).unwrap();
+            start.elapsed()
+        });
+        median(times.collect())
+    };
     let ms = Duration::from_millis;
+    let found = settled(one_way, |found| *found < ms(5));
     assert!(found > ms(2) && found < ms(5), "{found:?} instead of 1 to 5 ms, 3 ms in the middle");
 }
 
@@ -319,7 +348,8 @@ fn a_connection_outlives_a_cut() {
     let bench = Bench::new(rate(20_000_000));
     std::thread::scope(|scope| {
         let transfer = scope.spawn(|| bulk_bits_per_s(&bench, 2_000_000));
-        std::thread::sleep(Duration::from_millis(200));
+        let is_going = || (bench.link().counters(Way::AToB).forwarded_bytes > 200_000).then_some(());
+        wait_for(LIMIT, is_going).expect("the transfer begins");
         bench.link().cut();
         std::thread::sleep(Duration::from_millis(300));
         bench.link().heal();

@@ -6,9 +6,9 @@
 //!               <--write--     line <- transmitter <- queue  <--read--
 //! ```
 //!
-//! Two threads, one for each way, sleep until a packet comes or is due, and go before all ordinary ones; the queue ([`queue`]) is pure, and packets that
-//! nothing holds up are passed on without a copy. Kernels without netem can do without it this way, and settings change
-//! without a packet lost.
+//! Two threads, one for each way, sleep until a packet comes or is due, and go before all ordinary ones. The queue
+//! (`queue.rs`) is pure; packets that nothing holds up are passed on without a copy. Kernels without netem can do
+//! without it this way, and settings change without a packet lost.
 //!
 //! **Large segments.** Where nothing depends on single frames (no loss, and no rate below 1 Gb/s) a namespace hands over
 //! segments of up to 64 KiB, which pass as one and arrive as one, when their last frame would. Rate, queue and counters
