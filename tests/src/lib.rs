@@ -145,8 +145,8 @@ impl Lab {
     }
 
     /// Puts an emulated link in the place of the plain one between the sites: what agents send each other goes through
-    /// it (the first way is [`Site::A`] to [`Site::B`]), under the same addresses, and nothing else does. Connections
-    /// between the sites survive it, what is under way may be lost.
+    /// it (the first way is [`Site::A`] to [`Site::B`]), under the same addresses, and nothing else does. TCP connections
+    /// between the sites survive it; what is under way may be lost.
     pub fn join_sites(&mut self, spec: &Spec) -> Result<(), LabError> {
         // First goes what is there, since the names are the same.
         self.link = None;

@@ -377,6 +377,24 @@ fn only_what_sites_send_each_other_goes_over_it() {
 }
 
 #[test]
+fn sites_are_joined_anew_under_a_connection() {
+    let mut bench = Bench::new(WaySpec::default());
+    let [a, b] = bench.sites();
+    let listener = b.run(|| TcpListener::bind((address::site4(Site::B), 0))).unwrap();
+    let server = listener.local_addr().unwrap();
+    let mut from = a.run(|| TcpStream::connect_timeout(&server, LIMIT)).unwrap();
+    let (mut to, _) = listener.accept().unwrap();
+    for ms in [5, 20] {
+        bench.lab.join_sites(&Spec::symmetric(delay(ms))).unwrap();
+        let start = Instant::now();
+        from.write_all(b"hello").unwrap();
+        to.read_exact(&mut [0; 5]).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(ms), "{:?}", start.elapsed());
+        assert!(bench.link().counters(Way::AToB).forwarded > 0);
+    }
+}
+
+#[test]
 fn devices_go_with_the_link() {
     let bench = Bench::new(WaySpec::default());
     let [a, b] = bench.sites();
