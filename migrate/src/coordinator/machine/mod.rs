@@ -9,8 +9,9 @@
 //!
 //! The flip is the point of no return: no event leads from [`After`] to [`RollingBack`] but an operator's word, and the
 //! target's that its copy is gone and never ran; a failure there can only be retried or reported. Before it, every
-//! failure leads through [`RollingBack`], which opens the gate only after the source has said that it runs. A source that
-//! may have sent images never runs of its own accord, and a target never before `go`: so there are never two live copies.
+//! failure leads through [`RollingBack`], which opens the gate only after the source has said that it runs. A source
+//! that may have sent images never runs of its own accord, and a target never before `go`: so there are never two live
+//! copies.
 //!
 //! Where a site does not answer for too long the migration is in doubt ([`Machine::doubt`]): it goes on asking, and
 //! ends when the site comes back or an operator says how ([`Event::Resolve`]).
@@ -29,8 +30,8 @@ pub use state::{After, Asking, Before, Closed, Offer, RollingBack, State};
 
 /// How long the preparation may take before the migration is given up. Nobody is held meanwhile.
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(30);
-/// How long past its hold deadline a silent coordinator is waited for by agents that have sent and restored nothing, and
-/// by how much clocks may drift apart during a lease.
+/// How long past its hold deadline a silent coordinator is waited for by agents that have sent and restored nothing,
+/// and by how much clocks may drift apart during a lease.
 pub const MARGIN: Duration = Duration::from_secs(2);
 /// How long a site that does not answer is asked before an operator may be.
 pub const FORWARD_LIMIT: Duration = Duration::from_secs(15);
