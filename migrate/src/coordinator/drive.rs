@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use http::{Method, StatusCode};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
-use super::machine::{Command, Event, LEASE, Machine, State};
-use super::{AgentAt, Cutover, Outcome, Progress, Report, Spec};
+use super::machine::{Command, Event, LEASE, Machine, State, Verdict};
+use super::operator::{Orders, Resolution};
+use super::{AgentAt, Cutover, Decision, Outcome, Progress, Report, Spec};
 use crate::client::{AgentClient, ClientError, chain};
 use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running};
 
@@ -58,14 +58,14 @@ struct Driver {
     progress: mpsc::UnboundedSender<Progress>,
     told: usize,
     told_open: bool,
+    doubt_told: Option<String>,
 }
 
 pub(super) async fn drive(
     spec: Spec,
-    machine: Machine,
-    commands: Vec<Command>,
+    (machine, commands): (Machine, Vec<Command>),
     cutover: Arc<dyn Cutover>,
-    abort: CancellationToken,
+    Orders { abort, mut verdicts }: Orders,
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
     let (news, mut inbox) = mpsc::unbounded_channel();
@@ -89,22 +89,16 @@ pub(super) async fn drive(
         progress,
         told: 0,
         told_open: false,
+        doubt_told: None,
     };
     match trouble {
         Some(trouble) => driver.take(Event::TargetFailed(trouble), Instant::now()),
         None => driver.perform(commands),
     }
-    let (mut aborted, mut doubted) = (false, false);
+    let mut aborted = false;
     let (outcome, reason) = loop {
         driver.tell_progress();
-        match driver.machine.doubt() {
-            Some(doubt) if !doubted => {
-                tracing::error!(migration = %driver.spec.id, backend = %driver.spec.backend, "in doubt: {doubt}");
-                doubted = true;
-            }
-            Some(_) => {}
-            None => doubted = false,
-        }
+        driver.tell_doubt();
         if let State::Finished { outcome, reason } = driver.machine.state() {
             break (*outcome, reason.clone());
         }
@@ -122,6 +116,7 @@ pub(super) async fn drive(
                 aborted = true;
                 driver.take(Event::Abort, Instant::now());
             }
+            Some(resolution) = verdicts.recv() => driver.resolve(resolution),
             () = tick => driver.take(Event::Tick, Instant::now()),
         }
     };
@@ -219,13 +214,17 @@ impl Driver {
                     });
                     None
                 }
-                Command::Confirm => {
-                    let part = self.part(Role::Target);
-                    self.ask(Role::Target, "confirm", part, |_: ()| {
-                        Some((Event::Confirmed, Figures::default()))
-                    });
-                    None
-                }
+                Command::Confirm => match self.cutover.record(Decision::Confirm) {
+                    Ok(()) => {
+                        let part = self.part(Role::Target);
+                        self.ask(Role::Target, "confirm", part, |_: ()| {
+                            Some((Event::Confirmed, Figures::default()))
+                        });
+                        None
+                    }
+                    // Asked again later, as what the target itself cannot take.
+                    Err(error) => Some(Event::TargetFailed(error.to_string())),
+                },
                 Command::Release => {
                     let part = self.part(Role::Source);
                     self.ask(Role::Source, "release", part, |_: ()| {
@@ -341,6 +340,32 @@ impl Driver {
                 Err(error) => tell(&news, failure(role, chain(&error))),
             }
         });
+    }
+
+    /// An operator's word, written down before it is acted on.
+    fn resolve(&mut self, Resolution { verdict, answer }: Resolution) {
+        let now = self.started.elapsed();
+        let taken = self.machine.may_resolve(verdict, now).and_then(|()| match verdict {
+            Verdict::Committed => Ok(()),
+            Verdict::RolledBack => self.cutover.record(Decision::Return).map_err(|error| error.to_string()),
+        });
+        if taken.is_ok() {
+            self.take(Event::Resolve(verdict), self.started + now);
+        }
+        // Whoever asked may have gone away.
+        let _ = answer.send(taken);
+    }
+
+    fn tell_doubt(&mut self) {
+        let doubt = self.machine.doubt();
+        if doubt == self.doubt_told.as_deref() {
+            return;
+        }
+        if let Some(doubt) = doubt {
+            tracing::error!(migration = %self.spec.id, backend = %self.spec.backend, "in doubt: {doubt}");
+        }
+        self.doubt_told = doubt.map(str::to_owned);
+        let _ = self.progress.send(Progress::Doubt(self.doubt_told.clone()));
     }
 
     fn tell_progress(&mut self) {

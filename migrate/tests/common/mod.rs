@@ -20,7 +20,6 @@ use migrate::tls::pki::{self, Validity};
 use migrate::tls::{Credentials, Files, Identity};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
 pub const BACKEND: &str = "chat-1";
 
@@ -266,7 +265,7 @@ impl Lab {
     /// Runs one migration with the coordinator in the router's namespace; `watch` sees its progress.
     pub fn migrate(self: &Arc<Self>, spec: Spec, watch: impl FnMut(&Progress) + Send) -> Report {
         self.coordinate(watch, |lab, progress| async move {
-            migrate::coordinator::run(spec, Gate::at(&lab), CancellationToken::new(), progress).await
+            migrate::coordinator::run(spec, Gate::at(&lab), Orders::none(), progress).await
         })
     }
 
@@ -440,6 +439,10 @@ impl Cutover for Gate {
         let before = *self.before.lock().unwrap();
         Ok(self.set(Route::To(before)))
     }
+
+    fn record(&self, _: Decision) -> Result<(), CutoverError> {
+        Ok(())
+    }
 }
 
 /// A gate whose owner crashes at the flip: just before it, or just after.
@@ -466,6 +469,10 @@ impl Cutover for Crashing {
 
     fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError> {
         self.gate.resume(backend, generation)
+    }
+
+    fn record(&self, decision: Decision) -> Result<(), CutoverError> {
+        self.gate.record(decision)
     }
 }
 
