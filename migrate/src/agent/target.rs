@@ -1,10 +1,12 @@
 //! The target's driver: performs what [`crate::roles::target`] says, and tells it what happened.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::images::{Folder, ImagesError};
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
@@ -12,10 +14,11 @@ use super::site::{Place, Site, SiteError};
 use crate::client::chain;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::repair;
-use crate::net::silence::SilenceError;
+use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
 use crate::workload::holder::{Holder, HolderError, HolderPid};
+use crate::workload::record::root_of;
 
 /// Why a target could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +54,16 @@ struct Driver {
     swrk: Option<Swrk>,
     patience: Duration,
     lease: Duration,
+    silence: Silence,
+    muting: Option<Muting>,
     expires: Instant,
     inner: mpsc::UnboundedSender<Event>,
+}
+
+/// Rules that keep a copy that may not run yet from being heard.
+enum Muting {
+    Armed(Box<Armed>),
+    Fired(JoinHandle<Result<(), SilenceError>>),
 }
 
 /// Gets the target ready: an empty pid namespace with CRIU in it waits for images.
@@ -86,8 +97,10 @@ async fn ready(
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
     // Silence of a former migration would make the restored server deaf.
-    site.silence(site.workload(&prepare.workload)?).sweep().await?;
+    let silence = site.silence(site.workload(&prepare.workload)?);
+    silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
+    let muting = silence.arm_muting()?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
     let mut swrk = Swrk::start(&site.criu, holder.pid(), folder.path())?;
     swrk.warm().await?;
@@ -102,6 +115,8 @@ async fn ready(
         swrk: Some(swrk),
         patience: patience(prepare.hold_deadline_ms),
         lease: Duration::from_millis(prepare.lease_ms),
+        silence,
+        muting: Some(Muting::Armed(Box::new(muting))),
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
     };
@@ -133,7 +148,7 @@ impl Driver {
         loop {
             let event = tokio::select! {
                 biased;
-                said = next(&mut self.swrk) => self.heard(said).await,
+                said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
                 () = tokio::time::sleep_until(self.expires.into()) => {
@@ -157,9 +172,16 @@ impl Driver {
         }
     }
 
-    async fn heard(&mut self, said: Said) -> Option<Event> {
+    async fn heard(&mut self, said: Said, state: &State) -> Option<Event> {
         match said {
-            Said::Hook(Hook::PreResume) => Some(Event::HookPreResume),
+            // Its connections are live now.
+            Said::Hook(Hook::PreResume) => match self.muted().await {
+                Ok(()) => Some(Event::HookPreResume),
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "the restored copy could not be muted");
+                    Some(Event::CriuEnded { failed: Some(chain(&error)) })
+                }
+            },
             Said::Hook(Hook::PostResume) => Some(Event::HookPostResume { at_unix_us: now_unix_us() }),
             Said::Hook(_) => {
                 self.answer().await;
@@ -174,6 +196,12 @@ impl Driver {
                     Ended::Well => None,
                     Ended::Failed { reason, .. } => Some(reason),
                 };
+                let is_starting = matches!(state, State::Committed(Committed::Starting { .. }));
+                if is_starting && failed.is_some() && root_of(self.holder_pid).is_some() {
+                    // It was killed while it let go of the tasks, of which none was killed: they run without it.
+                    let _ = self.inner.send(Event::CriuEnded { failed });
+                    return Some(Event::HookPostResume { at_unix_us: now_unix_us() });
+                }
                 Some(Event::CriuEnded { failed })
             }
         }
@@ -199,6 +227,9 @@ impl Driver {
     async fn perform(&mut self, command: Command, state: &State) {
         match command {
             Command::Restore => {
+                if let Some(Muting::Armed(armed)) = self.muting.take() {
+                    self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
+                }
                 if let Some(swrk) = &mut self.swrk
                     && let Err(error) = swrk.restore().await
                 {
@@ -216,6 +247,7 @@ impl Driver {
                 {
                     tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
                 }
+                self.unmute().await;
                 self.answer().await;
             }
             Command::Yes => self.answer().await,
@@ -228,6 +260,7 @@ impl Driver {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }
                 self.holder = None;
+                self.unmute().await;
                 let _ = self.inner.send(Event::Dropped);
             }
             Command::Report(event) => {
@@ -243,6 +276,27 @@ impl Driver {
                 self.session.report(event);
             }
             Command::End => self.end(state).await,
+        }
+    }
+
+    /// Waits until nothing of the copy can be heard.
+    async fn muted(&mut self) -> Result<(), SilenceError> {
+        match self.muting.take() {
+            Some(Muting::Fired(firing)) => {
+                let interrupted = || SilenceError::Netlink(io::ErrorKind::Interrupted.into());
+                firing.await.unwrap_or_else(|_| Err(interrupted()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the copy be heard.
+    async fn unmute(&self) {
+        if let Err(error) = self.silence.lift().await {
+            tracing::error!(error = chain(&error), "the copy is still mute; trying in another way");
+            if let Err(error) = self.silence.sweep().await {
+                tracing::error!(error = chain(&error), "the copy is mute");
+            }
         }
     }
 

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use migrate::coordinator::{
-    AgentAt, Cutover, CutoverError, DEFAULT_DRAIN, HoldRequest, Policy, Progress, Protocol, Report, Spec,
+    AgentAt, Cutover, CutoverError, DEFAULT_DRAIN, Decision, HoldRequest, Orders, Policy, Progress, Protocol,
+    Report, Spec,
 };
 use migrate::tls::pki::{self, Validity};
 use migrate::tls::{Credentials, Files, Identity};
