@@ -111,6 +111,7 @@ impl Matrix {
         let migration = self.drill.stack.finished_migration(&id, ENDS_WITHIN).unwrap();
         let took = began.elapsed();
         let outcome = migration["state"].as_str().unwrap().to_owned();
+        println!("{step:<9} why: {}", migration["report"]["reason"]);
         self.at = match outcome.as_str() {
             "committed" => to,
             "rolled_back" => from,

@@ -40,6 +40,8 @@ pub enum PrepareError {
     Images(#[from] ImagesError),
 }
 
+/// How long what a former migration left may take to go.
+const FORMER_LIMIT: Duration = Duration::from_secs(4);
 /// When the images of a server that runs are wiped.
 const WIPE_AFTER: Duration = Duration::from_millis(500);
 
@@ -70,6 +72,7 @@ enum Muting {
 pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<(), PrepareError> {
     let name = &prepare.workload;
     let workload = site.workload(name)?;
+    give_up_former(site, name, id).await;
     site.check_absent(name)?;
     site.check_address(workload)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
@@ -88,6 +91,20 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
             session.show(View { state, workload: WorkloadState::Absent, idle: false, ended: true });
             Err(error)
         }
+    }
+}
+
+/// Drops what a former migration has restored here, if anything: there is a next one only where that was given up,
+/// and its word to say so has not come through.
+async fn give_up_former(site: &Site, workload: &str, id: &str) {
+    let Place::Migrating(former) = site.place(workload) else { return };
+    if former.role != Role::Target || former.id == id {
+        return;
+    }
+    tracing::warn!(migration = %former.id, workload, "given up for the next one");
+    former.ask(Ask::Abort);
+    if tokio::time::timeout(FORMER_LIMIT, former.wait_end()).await.is_err() {
+        tracing::warn!(migration = %former.id, workload, "it does not end");
     }
 }
 

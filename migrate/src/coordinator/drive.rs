@@ -20,6 +20,9 @@ use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Run
 const PREPARE_ANSWER: Duration = Duration::from_secs(20);
 /// Every other answer: short enough to try again in time.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a target that cannot be reached is told to forget, after everybody else has gone on.
+const TIDY_LIMIT: Duration = Duration::from_secs(600);
+const TIDY_PAUSE: Duration = Duration::from_millis(500);
 /// The agents' clocks are taken at their word unless they disagree with the coordinator's by more than this.
 const CLOCK_TOLERANCE_MS: f64 = 5.0;
 
@@ -59,6 +62,8 @@ struct Driver {
     told: usize,
     told_open: bool,
     doubt_told: Option<String>,
+    /// The target has said that it holds nothing, or was never asked for anything.
+    target_is_empty: bool,
 }
 
 pub(super) async fn drive(
@@ -90,6 +95,7 @@ pub(super) async fn drive(
         told: 0,
         told_open: false,
         doubt_told: None,
+        target_is_empty: true,
     };
     match trouble {
         Some(trouble) => driver.take(Event::TargetFailed(trouble), Instant::now()),
@@ -120,6 +126,9 @@ pub(super) async fn drive(
             () = tick => driver.take(Event::Tick, Instant::now()),
         }
     };
+    if outcome == Outcome::RolledBack && !driver.target_is_empty {
+        driver.tidy_later();
+    }
     let report = driver.report(outcome, reason);
     // A receiver that has gone away wants no progress.
     let _ = driver.progress.send(Progress::Finished(report.clone()));
@@ -147,6 +156,7 @@ impl Driver {
 
     fn take(&mut self, event: Event, at: Instant) {
         tracing::debug!(migration = %self.spec.id, ?event, "event");
+        self.target_is_empty |= event == Event::TargetDropped;
         let commands = self.machine.on(event, at.saturating_duration_since(self.started));
         self.perform(commands);
     }
@@ -160,6 +170,7 @@ impl Driver {
             let answer = match command {
                 Command::PrepareTarget => match self.cutover.stage(backend, &self.spec.target.site) {
                     Ok(()) => {
+                        self.target_is_empty = false;
                         self.prepare(Role::Target);
                         None
                     }
@@ -241,6 +252,7 @@ impl Driver {
                     None
                 }
                 Command::DropTarget => {
+                    self.target_is_empty = false;
                     let part = self.part(Role::Target);
                     self.ask(Role::Target, "abort", part, |_: ()| {
                         Some((Event::TargetDropped, Figures::default()))
@@ -253,6 +265,24 @@ impl Driver {
                 queue.extend(self.machine.on(event, self.started.elapsed()));
             }
         }
+    }
+
+    /// Goes on telling a target that could not be reached to forget, after the end: nobody waits for that.
+    fn tidy_later(&self) {
+        let (Some(client), part) = (self.target.clone(), self.part(Role::Target)) else { return };
+        let (id, path) = (self.spec.id.clone(), format!("/v1/migrations/{}/abort", self.spec.id));
+        tokio::spawn(async move {
+            let until = Instant::now() + TIDY_LIMIT;
+            while Instant::now() < until {
+                let answer: Result<Option<Running>, ClientError> =
+                    client.json(Method::POST, &path, Some(&part), ANSWER).await;
+                match answer {
+                    Ok(_) | Err(ClientError::Refused { .. }) => return,
+                    Err(_) => tokio::time::sleep(TIDY_PAUSE).await,
+                }
+            }
+            tracing::warn!(migration = %id, "the target never said that it holds nothing; its next migration drops it");
+        });
     }
 
     fn part(&self, role: Role) -> Part {
