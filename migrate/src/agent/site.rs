@@ -153,10 +153,13 @@ impl Site {
         });
         for workload in &site.config.workloads {
             let name = &workload.name;
-            let adopted = site.adopt(name).await;
-            // After the adoption: a source that its CRIU is still letting go stays silent until it runs.
-            site.silence(workload).sweep().await?;
-            if adopted || !workload.start {
+            if site.adopt(name).await {
+                // A source that its CRIU was still letting go stayed silent until it ran. What is not here stays so: its
+                // clients' connections may be live at the other site, and would be ended from here.
+                site.silence(workload).sweep().await?;
+                continue;
+            }
+            if !workload.start {
                 continue;
             }
             if site.records.has_left(name) {
@@ -229,6 +232,7 @@ impl Site {
         let workload = self.workload(name)?;
         self.check_absent(name)?;
         self.check_address(workload)?;
+        self.silence(workload).sweep().await?;
         let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args(["enter", "--holder", &holder.pid().to_string(), "workload"]);

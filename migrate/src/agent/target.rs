@@ -277,7 +277,6 @@ impl Driver {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }
                 self.holder = None;
-                self.unmute().await;
                 let _ = self.inner.send(Event::Dropped);
             }
             Command::Report(event) => {
@@ -307,7 +306,8 @@ impl Driver {
         }
     }
 
-    /// Lets the copy be heard.
+    /// Lets the copy be heard. Without that its address stays mute: the gate may point here still when it is gone, and
+    /// the kernel would end clients' connections, of which it knows nothing. The next copy sweeps it away.
     async fn unmute(&self) {
         if let Err(error) = self.silence.lift().await {
             tracing::error!(error = chain(&error), "the copy is still mute; trying in another way");
