@@ -24,6 +24,7 @@
 //! ```text
 //! xdp        nanoseconds that the XDP program spends on a packet
 //! path       what carries packets between client and server, side by side
+//! moves      what clients feel of a move, by Drover and by others
 //! cutover    what a flip and a replay take while the tables hold many flows
 //! ```
 
@@ -32,6 +33,7 @@ pub mod cutover;
 pub mod driver;
 pub mod interrupt;
 pub mod machine;
+pub mod moves;
 pub mod path;
 pub mod picture;
 pub mod plot;

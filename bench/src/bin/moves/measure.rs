@@ -1,0 +1,120 @@
+//! One system in one case: a server, clients on all of its connections, and moves there and back.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use bench::clock::monotonic_ns;
+use bench::interrupt::Interrupt;
+use bench::moves::case::Case;
+use bench::moves::clients::{self, Clients};
+use bench::moves::exchange::{Answer, Ask};
+use bench::moves::report::{Move, Outcome};
+use lab::Site;
+use lab::link::Way;
+
+use crate::systems::{Place, System};
+
+/// Before each move: pages are rewritten, and all connections are at work.
+const CALM: Duration = Duration::from_millis(300);
+/// How long answers may stay out after a move: TCP's pauses between two attempts grow with how long it had to wait.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// How often it is looked whether they are there.
+const LOOK: Duration = Duration::from_millis(5);
+/// How long the server may take to answer a question; it looks at all of its memory for one of them.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// A system at work on a case. Between two moves it rests.
+pub struct Measured {
+    // The clients go before the lab that they are in.
+    clients: Clients,
+    outcome: Outcome,
+    place: Box<dyn Place>,
+}
+
+impl Measured {
+    /// Makes the place and connects the clients.
+    pub fn new(system: System, case: &Case) -> anyhow::Result<Measured> {
+        let place = system.set_up(case)?;
+        let (target, connections) = (place.target(), case.connections);
+        let clients = place.lab().client().run(|| clients::connect(target, connections))?;
+        Ok(Measured { clients, outcome: Outcome::default(), place })
+    }
+
+    /// Moves the server once. Whether it can be moved again: after a failure it may be gone.
+    pub fn move_once(&mut self, interrupt: &Interrupt) -> anyhow::Result<bool> {
+        self.clients.work();
+        self.ask(Ask::Work)?;
+        interrupt.sleep(CALM)?;
+        self.settle(interrupt)?;
+        self.clients.watch();
+        let (way, before) = (self.way(), self.crossed());
+        let moved = self.place.move_over(interrupt);
+        let bytes = self.crossed()[way as usize] - before[way as usize];
+        let settled = self.settle(interrupt);
+        let stalls_ms = self.clients.stalls_ms();
+        interrupt.check()?;
+        let goes_on = settled.is_ok();
+        match moved.and_then(|total| settled.map(|()| total)) {
+            Ok(total) => {
+                let freeze_ms = self.ask(Ask::Rest)?.longest_gap_ns as f64 / 1e6;
+                let total_ms = total.as_secs_f64() * 1e3;
+                self.outcome.moves.push(Move { freeze_ms, stalls_ms, bytes, total_ms });
+            }
+            Err(error) => {
+                self.outcome.failures.push(format!("{error:#}"));
+                if goes_on {
+                    self.ask(Ask::Rest)?;
+                }
+            }
+        }
+        self.clients.rest();
+        Ok(goes_on)
+    }
+
+    /// The end: whatever still waits for an answer is lost, and the memory has to be as it was written.
+    pub fn finish(mut self, interrupt: &Interrupt) -> anyhow::Result<Outcome> {
+        // After a failure there may be nobody left to wait for.
+        let patience = if self.outcome.failures.is_empty() { SETTLE_LIMIT } else { Duration::ZERO };
+        let end = Instant::now() + patience;
+        while !self.clients.is_quiet() && Instant::now() < end {
+            interrupt.sleep(LOOK)?;
+        }
+        match self.ask(Ask::Check) {
+            Ok(answer) => self.outcome.wrong_pages = answer.wrong_pages,
+            Err(error) => self.outcome.failures.push(format!("{error:#}")),
+        }
+        self.outcome.counts = self.clients.finish();
+        Ok(self.outcome)
+    }
+
+    /// Waits until every connection that waited has been answered, and every probe anew.
+    fn settle(&self, interrupt: &Interrupt) -> anyhow::Result<()> {
+        let (since_ns, end) = (monotonic_ns(), Instant::now() + SETTLE_LIMIT);
+        while !self.clients.settled(since_ns) {
+            if Instant::now() > end {
+                bail!("connections are not answered within {SETTLE_LIMIT:?}: {:?}", self.clients.counts());
+            }
+            interrupt.sleep(LOOK)?;
+        }
+        Ok(())
+    }
+
+    fn ask(&self, what: Ask) -> anyhow::Result<Answer> {
+        let target = self.place.target();
+        Ok(self.place.lab().client().run(|| clients::ask(target, what, ANSWER_LIMIT))?)
+    }
+
+    /// From the server's site to the other.
+    fn way(&self) -> Way {
+        match self.place.site() {
+            Site::A => Way::AToB,
+            Site::B => Way::BToA,
+        }
+    }
+
+    /// Bytes that arrived so far, each way.
+    fn crossed(&self) -> [u64; 2] {
+        let link = self.place.lab().link().context("the lab has a link");
+        link.map_or([0; 2], |link| Way::ALL.map(|way| link.counters(way).forwarded_bytes))
+    }
+}
