@@ -56,7 +56,7 @@ pub enum ClientsError {
     #[error(transparent)]
     Load(#[from] LoadError),
     /// Asked for something else than to be counted, the server did not say.
-    #[error("{target} did not answer {ask:?} within {limit:?}")]
+    #[error("{target} does not answer {ask:?}, for which it has {limit:?}: is the server gone?")]
     Silent {
         /// Who was asked.
         target: SocketAddr,

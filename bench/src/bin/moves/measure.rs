@@ -23,6 +23,15 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How long the server may take to answer a question; it looks at all of its memory for one of them.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
+/// Whether a server can be moved again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GoesOn {
+    /// It answers.
+    Yes,
+    /// It does not.
+    No,
+}
+
 /// A system at work on a case. Between two moves it rests.
 pub struct Measured {
     // The clients go before the lab that they are in.
@@ -41,34 +50,43 @@ impl Measured {
     }
 
     /// Moves the server once. Whether it can be moved again: after a failure it may be gone.
-    pub fn move_once(&mut self, interrupt: &Interrupt) -> anyhow::Result<bool> {
+    pub fn move_once(&mut self, interrupt: &Interrupt) -> anyhow::Result<GoesOn> {
+        let moved = self.watched_move(interrupt);
+        // A failure may only be that somebody wants the end.
+        interrupt.check()?;
+        let goes_on = match moved {
+            Ok(moved) => {
+                self.outcome.moves.push(moved);
+                GoesOn::Yes
+            }
+            Err(error) => {
+                self.outcome.failures.push(format!("{error:#}"));
+                let answers = self.settle(interrupt).and_then(|()| self.ask(Ask::Rest));
+                if answers.is_ok() { GoesOn::Yes } else { GoesOn::No }
+            }
+        };
+        self.clients.rest();
+        Ok(goes_on)
+    }
+
+    fn watched_move(&mut self, interrupt: &Interrupt) -> anyhow::Result<Move> {
         self.clients.work();
         self.ask(Ask::Work)?;
         interrupt.sleep(CALM)?;
         self.settle(interrupt)?;
         self.clients.watch();
-        let (way, before) = (self.way(), self.crossed());
-        let moved = self.place.move_over(interrupt);
+        let (way, before, counts) = (self.way(), self.crossed(), self.clients.counts());
+        let total = self.place.move_over(interrupt)?;
         let bytes = self.crossed()[way as usize] - before[way as usize];
-        let settled = self.settle(interrupt);
+        self.settle(interrupt)?;
         let stalls_ms = self.clients.stalls_ms();
-        interrupt.check()?;
-        let goes_on = settled.is_ok();
-        match moved.and_then(|total| settled.map(|()| total)) {
-            Ok(total) => {
-                let freeze_ms = self.ask(Ask::Rest)?.longest_gap_ns as f64 / 1e6;
-                let total_ms = total.as_secs_f64() * 1e3;
-                self.outcome.moves.push(Move { freeze_ms, stalls_ms, bytes, total_ms });
-            }
-            Err(error) => {
-                self.outcome.failures.push(format!("{error:#}"));
-                if goes_on {
-                    self.ask(Ask::Rest)?;
-                }
-            }
+        let now = self.clients.counts();
+        if (now.lost, now.resets) != (counts.lost, counts.resets) {
+            let (lost, broke) = (now.lost - counts.lost, now.resets - counts.resets);
+            bail!("the server moved, but {broke} connections broke and {lost} requests were lost");
         }
-        self.clients.rest();
-        Ok(goes_on)
+        let freeze_ms = self.ask(Ask::Rest)?.longest_gap_ns as f64 / 1e6;
+        Ok(Move { freeze_ms, stalls_ms, bytes, total_ms: total.as_secs_f64() * 1e3 })
     }
 
     /// The end: whatever still waits for an answer is lost, and the memory has to be as it was written.
@@ -81,7 +99,11 @@ impl Measured {
         }
         match self.ask(Ask::Check) {
             Ok(answer) => self.outcome.wrong_pages = answer.wrong_pages,
-            Err(error) => self.outcome.failures.push(format!("{error:#}")),
+            // A server that is gone has been told of already.
+            Err(error) if self.outcome.failures.is_empty() => {
+                self.outcome.failures.push(format!("{error:#}"))
+            }
+            Err(_) => {}
         }
         self.outcome.counts = self.clients.finish();
         Ok(self.outcome)

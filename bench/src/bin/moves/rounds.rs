@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use bench::interrupt::{Interrupt, Interrupted};
+use bench::interrupt::Interrupt;
 use bench::machine;
 use bench::moves::case::Case;
 use bench::moves::goals;
@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use lab::processors;
 
 use crate::args::Args;
-use crate::measure::Measured;
+use crate::measure::{GoesOn, Measured};
 use crate::systems::System;
 
 /// What goes on over all cases.
@@ -109,16 +109,9 @@ impl Rounds<'_> {
     /// One move, after which the place may be done with.
     fn move_once(&mut self, case: &Case, system: System, place: &mut Option<Measured>) -> anyhow::Result<()> {
         let Some(measured) = place else { return Ok(()) };
-        let goes_on = match measured.move_once(self.interrupt) {
-            Ok(goes_on) => goes_on,
-            Err(error) if error.is::<Interrupted>() => return Err(error),
-            Err(error) => {
-                self.skip(format!("{}, {}", case.label(), system.name()), format!("{error:#}"));
-                *place = None;
-                return Ok(());
-            }
-        };
-        if !goes_on && let Some(measured) = place.take() {
+        if measured.move_once(self.interrupt)? == GoesOn::No
+            && let Some(measured) = place.take()
+        {
             self.finish(case, system, measured)?;
         }
         Ok(())

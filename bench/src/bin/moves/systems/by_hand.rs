@@ -72,7 +72,7 @@ impl ByHand {
         let mut place = ByHand { tool, site, server_pid, path, script, processors, moves, hosts, lab };
         for host in &place.hosts {
             // Leaves what it finds out about the kernel for later, as a first dump would.
-            host.run(&place.path, "criu check >/dev/null 2>&1")?;
+            host.run(&place.path, "criu check >/dev/null")?;
         }
         match tool {
             Tool::Criu => place.start_process(case)?,

@@ -25,8 +25,13 @@ listens() {
     at "$TO" grep -q ":$(printf %04X "$COPY_PORT") 0*:0000 0A " /proc/net/tcp
 }
 
-# What CRIU has to say when something fails.
-trap 'grep -hs Error "$FROM_FILES"/work/*.log "$TO_FILES"/work/*.log | grep -v RLIMIT_NOFILE >&2 || true' ERR
+# Says what CRIU has to say, and ends what waits for images at the target, whose processes are its own.
+give_up() {
+    grep -hs Error "$FROM_FILES"/work/*.log "$TO_FILES"/work/*.log | grep -v RLIMIT_NOFILE >&2
+    at "$TO" pkill -x nc
+    exit 1
+}
+trap 'set +e; give_up' ERR
 
 rm -rf "$FROM_FILES/images" "$TO_FILES/images" "$FROM_FILES/work" "$TO_FILES/work"
 mkdir -p "$FROM_FILES/images" "$FROM_FILES/work" "$TO_FILES/images" "$TO_FILES/work"
