@@ -74,7 +74,8 @@ impl Case {
     }
 }
 
-/// A wish for cases: `size=100,dirty=5/20`. What is left out is as in [`SMALL`], `*` is all that the issue asks for.
+/// A wish for cases: `size=100,dirty=5/20`. What is left out is as in [`SMALL`]; `*` is every value that a figure is
+/// wanted for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Wish {
     /// Names of systems; empty: all.

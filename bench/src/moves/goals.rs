@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_issue_s_bounds_are_held_against_their_cases_only() {
+    fn each_bound_is_held_against_its_own_case_only() {
         let with =
             |resident_mb, connections, dirty_pct| Case { resident_mb, connections, dirty_pct, ..SMALL };
         let rows = [
