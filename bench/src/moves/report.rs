@@ -21,7 +21,7 @@ pub struct Move {
     pub freeze_ms: f64,
     /// The longest gap of each probe.
     pub stalls_ms: Vec<f64>,
-    /// Bytes of the frames that arrived over the link from the server's site to the other.
+    /// Bytes that the server's site sent to the other.
     pub bytes: u64,
     /// From the order to its end.
     pub total_ms: f64,
@@ -61,7 +61,7 @@ pub struct CaseReport {
     pub stall_ms: Percentiles,
     /// What of it is not the freeze.
     pub added_stall_ms: Percentiles,
-    /// Bytes over the sites' link; the median of the moves.
+    /// Bytes that the server's site sent to the other; the median of the moves.
     pub bytes: u64,
     /// From the order to its end; the median of the moves.
     pub total_ms: f64,

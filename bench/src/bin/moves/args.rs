@@ -15,8 +15,8 @@ use crate::systems::System;
 /// The system `drover` is Drover as it is: it freezes the server, sends all of its memory and restores it. Once it copies
 /// memory ahead or fetches it afterwards, `drover-pre` and `drover-post` stand beside it.
 ///
-/// The systems take turns at each case. Each moves the same server there and back, over the same emulated link between
-/// the sites, under the same clients.
+/// The systems take turns at each case. Each moves the same server there and back, over the same link between the sites
+/// (emulated where it has a delay or a rate), under the same clients.
 #[derive(Debug, Parser)]
 #[command(
     name = "moves",

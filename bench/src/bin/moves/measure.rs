@@ -2,15 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bench::clock::monotonic_ns;
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
 use bench::moves::clients::{self, Clients};
 use bench::moves::exchange::{Answer, Ask};
 use bench::moves::report::{Move, Outcome};
-use lab::Site;
-use lab::link::Way;
 
 use crate::systems::{Place, System};
 
@@ -75,9 +73,10 @@ impl Measured {
         interrupt.sleep(CALM)?;
         self.settle(interrupt)?;
         self.clients.watch();
-        let (way, before, counts) = (self.way(), self.crossed(), self.clients.counts());
+        let (from, counts) = (self.place.site(), self.clients.counts());
+        let before = self.place.lab().sent_between(from)?;
         let total = self.place.move_over(interrupt)?;
-        let bytes = self.crossed()[way as usize] - before[way as usize];
+        let bytes = self.place.lab().sent_between(from)? - before;
         self.settle(interrupt)?;
         let stalls_ms = self.clients.stalls_ms();
         let now = self.clients.counts();
@@ -124,19 +123,5 @@ impl Measured {
     fn ask(&self, what: Ask) -> anyhow::Result<Answer> {
         let target = self.place.target();
         Ok(self.place.lab().client().run(|| clients::ask(target, what, ANSWER_LIMIT))?)
-    }
-
-    /// From the server's site to the other.
-    fn way(&self) -> Way {
-        match self.place.site() {
-            Site::A => Way::AToB,
-            Site::B => Way::BToA,
-        }
-    }
-
-    /// Bytes that arrived so far, each way.
-    fn crossed(&self) -> [u64; 2] {
-        let link = self.place.lab().link().context("the lab has a link");
-        link.map_or([0; 2], |link| Way::ALL.map(|way| link.counters(way).forwarded_bytes))
     }
 }

@@ -149,7 +149,7 @@ fn setting(args: &Args, cases: &[(Case, Vec<System>)]) -> Setting {
         "the server answers requests of 64 bytes and counts them for each connection; its memory is full of random words",
         "up to four probes ask every millisecond, all other connections together 500 times a second",
         "freeze: the longest time in which the server did not run, as it says itself; stall: a probe's longest gap",
-        "sent: bytes that arrived over the sites' link, with Ethernet headers",
+        "sent: bytes that the server's site sent to the other; delay and rate are emulated, without both it is a veth pair",
         "images are kept in memory; client, load balancer and link have one half of the processors, the sites the other",
     ];
     Setting {

@@ -59,7 +59,9 @@ impl ByHand {
     /// Makes the hosts and starts the server at the first one.
     pub fn new(tool: Tool, case: &Case) -> anyhow::Result<ByHand> {
         let mut lab = Lab::new()?;
-        lab.join_sites(&link(case))?;
+        if let Some(spec) = link(case) {
+            lab.join_sites(&spec)?;
+        }
         lab.route(server_address().ip(), Site::A)?;
         let processors =
             processors::halves().map_or(ALL_PROCESSORS.to_owned(), |(_, sites)| processors::list(&sites));

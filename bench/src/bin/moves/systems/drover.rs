@@ -64,7 +64,7 @@ impl Placed {
             workloads: vec![workload],
             hold,
             site_processors: processors::halves().map_or(Vec::new(), |(_, sites)| sites),
-            link: Some(link(case)),
+            link: link(case),
             ..StackOptions::default()
         };
         Ok(Placed { stack: Stack::start(Lab::new()?, options)?, site: Site::A })
