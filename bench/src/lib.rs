@@ -11,8 +11,9 @@
 //! plot       bar charts as SVG
 //! scenario   the real servers that drills run against
 //! probe, verify   wait until a server answers; ask it what it counted
-//! path       the load of the path benchmark, and its report
+//! server     TCP connections, and whoever answers on them
 //! interrupt  Ctrl-C
+//! machine    what it ran on
 //! ```
 //!
 //! The `drill` binary puts these together with a lab and the load balancer. None of them
@@ -22,6 +23,8 @@
 //!
 //! ```text
 //! xdp        nanoseconds that the XDP program spends on a packet
+//! path       what carries packets between client and server, side by side
+//! moves      what clients feel of a move, by Drover and by others
 //! cutover    what a flip and a replay take while the tables hold many flows
 //! ```
 
@@ -29,6 +32,8 @@ pub mod clock;
 pub mod cutover;
 pub mod driver;
 pub mod interrupt;
+pub mod machine;
+pub mod moves;
 pub mod path;
 pub mod picture;
 pub mod plot;
@@ -36,6 +41,7 @@ pub mod probe;
 pub mod protocol;
 pub mod report;
 pub mod scenario;
+pub mod server;
 pub mod stall;
 pub mod table;
 pub mod tally;

@@ -157,6 +157,15 @@ impl Lab {
         Ok(())
     }
 
+    /// Bytes that a site has sent to the other over the link between them, whichever link that is, since it was made.
+    pub fn sent_between(&self, from: Site) -> Result<u64, LabError> {
+        // The calling thread's namespace, which is not that of the process.
+        let read = || std::fs::read_to_string("/proc/thread-self/net/dev");
+        let text = self.site(from).run(read).map_err(LabError::io("read the counters of interfaces"))?;
+        let sent = topology::sent_bytes(&text, topology::BETWEEN).ok_or(std::io::ErrorKind::NotFound.into());
+        sent.map_err(LabError::io(format!("find the interface {} in /proc/net/dev", topology::BETWEEN)))
+    }
+
     /// The emulated link between the sites, after [`Lab::join_sites`].
     pub fn link(&self) -> Option<&Link> {
         self.link.as_ref()

@@ -26,6 +26,6 @@ pub fn stay_on(cpus: &[usize]) {
 }
 
 /// The list as `taskset --cpu-list` takes it.
-pub(crate) fn list(cpus: &[usize]) -> String {
+pub fn list(cpus: &[usize]) -> String {
     cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }

@@ -173,6 +173,15 @@ pub(crate) fn address_between(sites: &[Namespace; 2]) -> Result<(), LabError> {
         .try_for_each(|(site, namespace)| ip_batch(namespace, &between_lines(site)))
 }
 
+/// Bytes that an interface has sent, in `/proc/net/dev`: the ninth number behind its name (proc_pid_net(5)).
+pub(crate) fn sent_bytes(text: &str, interface: &str) -> Option<u64> {
+    let numbers = text.lines().find_map(|line| {
+        let (name, numbers) = line.split_once(':')?;
+        (name.trim() == interface).then_some(numbers)
+    })?;
+    numbers.split_whitespace().nth(8)?.parse().ok()
+}
+
 fn add_namespaces(names: &[String]) -> Result<(), LabError> {
     // The first `ip netns add` on a machine turns /run/netns into a shared mount; two at once would do so twice.
     let path = SCRATCH.join("drover.lock");
@@ -216,4 +225,19 @@ fn feed(command: &mut Command, lines: &[String]) -> Result<(), LabError> {
     }
     let printed = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(LabError::Command { command: shown, output: format!("{printed} ({})", output.status) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sent_bytes;
+
+    #[test]
+    fn the_bytes_that_an_interface_sent_are_found_by_its_name() {
+        let text = "Inter-|   Receive                            |  Transmit\n \
+                    face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs\n    \
+                    lo:     100       1    0    0    0     0          0         0     100       1    0\n    \
+                    x0:     200       2    0    0    0     0          0         0   12345       3    0\n";
+        assert_eq!((sent_bytes(text, "x0"), sent_bytes(text, "lo")), (Some(12345), Some(100)));
+        assert_eq!(sent_bytes(text, "x1"), None);
+    }
 }

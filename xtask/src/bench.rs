@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 
 use crate::{setup, shell};
 
-/// What can be measured. Each is a program of the package `bench` under its name.
+/// What can be measured. Each is a program of the package `bench`.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
     /// What carries packets between client and server: routing, nftables, haproxy, nginx and Drover side by side
@@ -21,6 +21,9 @@ pub enum Bench {
     /// What a flip and a replay take while the tables hold many flows
     #[command(disable_help_flag = true)]
     Cutover(Flags),
+    /// What clients feel while a server moves: by Drover, by a script around CRIU, by runc
+    #[command(disable_help_flag = true)]
+    Migrate(Flags),
     /// What large configurations cost: the first install, a change of one backend, memory
     #[command(disable_help_flag = true)]
     Scale(Flags),
@@ -40,13 +43,17 @@ impl Bench {
             Self::Path(_) => "path",
             Self::Xdp(_) => "xdp",
             Self::Cutover(_) => "cutover",
+            // The agent's program has the other name.
+            Self::Migrate(_) => "moves",
             Self::Scale(_) => "scale",
         }
     }
 
     fn flags(&self) -> &[OsString] {
         match self {
-            Self::Path(it) | Self::Xdp(it) | Self::Cutover(it) | Self::Scale(it) => &it.flags,
+            Self::Path(it) | Self::Xdp(it) | Self::Cutover(it) | Self::Migrate(it) | Self::Scale(it) => {
+                &it.flags
+            }
         }
     }
 
@@ -55,6 +62,10 @@ impl Bench {
         match self {
             Self::Path(_) => &[
                 "-p", "bench", "--bin", "path", "-p", "lb", "--bin", "lb", "-p", "migrate", "--bin",
+                "migrate",
+            ],
+            Self::Migrate(_) => &[
+                "-p", "bench", "--bin", "moves", "-p", "lb", "--bin", "lb", "-p", "migrate", "--bin",
                 "migrate",
             ],
             Self::Xdp(_) => &["-p", "bench", "--bin", "xdp"],
@@ -66,6 +77,7 @@ impl Bench {
     fn scope(&self) -> setup::Scope {
         match self {
             Self::Path(_) => setup::Scope::Bench,
+            Self::Migrate(_) => setup::Scope::Moves,
             Self::Xdp(_) | Self::Cutover(_) | Self::Scale(_) => setup::Scope::Demo,
         }
     }

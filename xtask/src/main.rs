@@ -32,7 +32,7 @@ struct Arguments {
 enum Task {
     /// Looks for what the work needs and installs what is missing (Debian; elsewhere it says what to install)
     Setup {
-        /// Also the other load balancers that `bench path` measures
+        /// Also what `bench path` and `bench migrate` measure beside Drover
         #[arg(long)]
         bench: bool,
     },

@@ -34,6 +34,7 @@ use crate::protocol::{Protocol, Transport};
 use crate::timeline::Timeline;
 use connection::Connection;
 use event_loop::EventLoop;
+pub(crate) use priority::ahead_of_others;
 
 /// What the clients do.
 #[derive(Clone, Debug)]
@@ -151,29 +152,46 @@ pub fn connect(load: Load, protocol: Arc<dyn Protocol>) -> Result<Clients, Drive
     if load.clients == 0 || !(load.rate_per_s > 0.0 && load.rate_per_s <= 1e6) {
         return Err(DriverError::Load { clients: load.clients, rate_per_s: load.rate_per_s });
     }
-    allow_open_files(load.clients)?;
-    let failed =
-        |client, source| DriverError::Connect { client, clients: load.clients, target: load.target, source };
-    let mut connections = Vec::with_capacity(load.clients as usize);
-    let clients: Vec<u32> = (0..load.clients).collect();
-    for batch in clients.chunks(CONNECTING_AT_ONCE) {
-        let mut begun = Vec::with_capacity(batch.len());
-        for &client in batch {
-            let source = load.source.address(client);
-            let socket =
-                begin(load.target, source, protocol.transport()).map_err(|source| failed(client, source))?;
-            begun.push((client, socket));
-        }
-        let deadline = Instant::now() + load.connect_timeout;
-        for (client, socket) in begun {
-            await_connected(&socket, deadline).map_err(|source| failed(client, source))?;
-            connections.push(Connection::new(socket, protocol.decoder(client)));
-        }
-    }
+    let sockets = open(load.target, load.source, load.clients, protocol.transport(), load.connect_timeout)?;
+    let connections = sockets
+        .into_iter()
+        .zip(0..)
+        .map(|(socket, client)| Connection::new(socket, protocol.decoder(client)))
+        .collect();
     Ok(Clients { load, protocol, connections })
 }
 
-fn allow_open_files(clients: u32) -> Result<(), DriverError> {
+/// Opens so many sockets that do not block, in the network namespace of the calling thread, and waits until all are
+/// connected, some at a time for at most `limit`.
+pub(crate) fn open(
+    target: SocketAddr,
+    source: Source,
+    count: u32,
+    transport: Transport,
+    limit: Duration,
+) -> Result<Vec<Socket>, DriverError> {
+    allow_open_files(count)?;
+    let failed = |client, source| DriverError::Connect { client, clients: count, target, source };
+    let mut sockets = Vec::with_capacity(count as usize);
+    let clients: Vec<u32> = (0..count).collect();
+    for batch in clients.chunks(CONNECTING_AT_ONCE) {
+        let mut begun = Vec::with_capacity(batch.len());
+        for &client in batch {
+            let socket =
+                begin(target, source.address(client), transport).map_err(|source| failed(client, source))?;
+            begun.push((client, socket));
+        }
+        let deadline = Instant::now() + limit;
+        for (client, socket) in begun {
+            await_connected(&socket, deadline).map_err(|source| failed(client, source))?;
+            sockets.push(socket);
+        }
+    }
+    Ok(sockets)
+}
+
+/// Raises this process's limit of open files so that so many sockets fit.
+pub(crate) fn allow_open_files(clients: u32) -> Result<(), DriverError> {
     let limits = |what| move |error: nix::Error| DriverError::EventLoop { what, source: error.into() };
     let needed = u64::from(clients) + OTHER_FILES;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(limits("getrlimit"))?;

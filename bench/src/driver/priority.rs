@@ -10,7 +10,7 @@
 const NICE: nix::libc::c_int = -20;
 
 /// Raises the calling thread's priority where that is permitted. Where it is not, latencies are what they are.
-pub(super) fn ahead_of_others() {
+pub(crate) fn ahead_of_others() {
     // SAFETY: plain numbers; 0 means the calling thread, and nothing but its nice value changes.
     let _ = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
 }

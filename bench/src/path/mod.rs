@@ -1,7 +1,6 @@
 //! The load of the path benchmark: clients and servers that measure what carries packets between them.
 //!
 //! ```text
-//! server        sends back what it receives, with every bit flipped
 //! requests      a request, its answer, the next request, on N connections: rate and latency
 //! connections   connect, one request, close: new connections a second
 //! datagrams     numbered UDP datagrams, as fast as they go, and who counts them
@@ -22,7 +21,6 @@ pub mod latencies;
 pub mod processors;
 pub mod report;
 pub mod requests;
-pub mod server;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -62,7 +60,7 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> LoadError {
+    pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> LoadError {
         let what = what.into();
         move |source| LoadError::Io { what, source: source.into() }
     }

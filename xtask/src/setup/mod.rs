@@ -25,6 +25,8 @@ pub enum Scope {
     Demo,
     /// Build, labs, and what Drover is measured beside; nothing migrates.
     Bench,
+    /// Build, labs with CRIU, and what migrations are measured beside.
+    Moves,
     /// Build, and what the fuzzer needs.
     Fuzz,
 }
@@ -78,7 +80,10 @@ pub fn run(scope: Scope, show: Show) -> Result<()> {
     if scope == Scope::Bench {
         programs::provide_peers(&mut report);
     }
-    if matches!(scope, Scope::Everything | Scope::Demo) {
+    if matches!(scope, Scope::Bench | Scope::Moves) {
+        programs::provide_movers(&mut report);
+    }
+    if matches!(scope, Scope::Everything | Scope::Demo | Scope::Moves) {
         report("CRIU", criu::provide());
     }
     if matches!(scope, Scope::Everything | Scope::Checks) {

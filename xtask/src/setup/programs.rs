@@ -57,14 +57,29 @@ const PEERS: &[Program] = &[
     tool("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", "nginx's TCP and UDP proxy"),
 ];
 
+/// What migrations are measured beside. A benchmark leaves out what is not there.
+const MOVERS: &[Program] = &[
+    tool("nc", "netcat-openbsd", "copies images where a server is moved by hand"),
+    tool("runc", "runc", "measured beside Drover"),
+];
+
 /// Reports each program; installs the missing ones with one call.
 pub(super) fn provide(report: &mut impl FnMut(&str, State)) {
     provide_all(PROGRAMS, report);
 }
 
-/// The same with what benchmarks compare Drover with; nothing of it has to be there.
+/// The same with what benchmarks compare Drover's data path with; nothing of it has to be there.
 pub(super) fn provide_peers(report: &mut impl FnMut(&str, State)) {
-    provide_all(PEERS, &mut |name: &str, state: State| {
+    provide_optional(PEERS, report);
+}
+
+/// The same with what they compare its migrations with.
+pub(super) fn provide_movers(report: &mut impl FnMut(&str, State)) {
+    provide_optional(MOVERS, report);
+}
+
+fn provide_optional(programs: &[Program], report: &mut impl FnMut(&str, State)) {
+    provide_all(programs, &mut |name: &str, state: State| {
         report(name, if let State::Missing(text) = state { State::Optional(text) } else { state });
     });
 }

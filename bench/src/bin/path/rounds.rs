@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bench::interrupt::{Interrupt, Interrupted};
+use bench::machine;
 use bench::path::goals;
 use bench::path::processors::Busy;
 use bench::path::report::{Direction, Links, PathReport, Samples, Setting};
@@ -174,15 +175,11 @@ fn setting(args: &Args, variants: &[Variant]) -> Setting {
     ));
     everywhere.push(format!("same links: {}", Offloads::Off.describe()));
     everywhere.push(format!("best links: {}", Offloads::On.describe()));
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let count = std::thread::available_parallelism().map_or(1, usize::from);
     Setting {
         rounds: args.rounds(),
         seconds: args.duration().as_secs_f64(),
-        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-        processors: format!("{count} x {}", model.map_or("unknown", |(_, name)| name)),
+        kernel: machine::kernel(),
+        processors: machine::processors(),
         others_busy: 0.0,
         everywhere,
         systems: variants.iter().map(|one| (one.system.name().to_owned(), one.system.describe())).collect(),

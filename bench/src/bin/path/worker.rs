@@ -6,7 +6,7 @@ use anyhow::Context;
 use bench::path::connections::Connections;
 use bench::path::datagrams::{Receiver, Send};
 use bench::path::requests::Requests;
-use bench::path::server::Server;
+use bench::server::{Flip, Server};
 use serde::Serialize;
 
 use crate::args::{Client, Work};
@@ -17,7 +17,7 @@ const SILENCE: Duration = Duration::from_secs(3);
 /// Does it, and prints what came of it.
 pub fn run(work: &Work) -> anyhow::Result<()> {
     match work {
-        Work::Serve { listen } => Ok(Server::bind(*listen)?.run()?),
+        Work::Serve { listen } => Ok(Server::bind(*listen, Flip)?.run()?),
         Work::Requests { client, connections } => {
             let Client { target, sources, .. } = client;
             let (warm_up, duration) = times(client);
