@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use drill::{Drill, LIMIT};
 use lab::link::Spec;
 use lab::stack::{HoldOptions, StackOptions, Workload};
-use lab::{Site, address, wait_for};
+use lab::{Site, address, program, wait_for};
 use nix::sys::signal::Signal::SIGKILL;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
@@ -71,17 +71,7 @@ struct Matrix {
 
 /// Breaks it at each of some steps in turn, under the same clients.
 fn column(victim: Victim, steps: &[&str], broken: Duration) {
-    let hold = HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
-    let options = StackOptions {
-        workloads: vec![Workload::redis(1)],
-        hold,
-        link: Some(Spec::default()),
-        ..StackOptions::default()
-    };
-    let mut matrix = Matrix { drill: Drill::with(options), victim, broken, at: Site::A };
-    // So that gates have moved before: the first migration of all is a case of its own.
-    matrix.drill.commits(Site::B);
-    matrix.at = Site::B;
+    let mut matrix = Matrix::new(victim, broken);
     for step in steps {
         let (outcome, took) = matrix.cell(step);
         println!("{step:<9} {victim:?}: {outcome} after {:.1} s", took.as_secs_f64());
@@ -90,6 +80,21 @@ fn column(victim: Victim, steps: &[&str], broken: Duration) {
 }
 
 impl Matrix {
+    /// A stack whose server is at its second site: the first migration of all is a case of its own.
+    fn new(victim: Victim, broken: Duration) -> Self {
+        let hold =
+            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
+        let options = StackOptions {
+            workloads: vec![Workload::redis(1)],
+            hold,
+            link: Some(Spec::default()),
+            ..StackOptions::default()
+        };
+        let drill = Drill::with(options);
+        drill.commits(Site::B);
+        Self { drill, victim, broken, at: Site::B }
+    }
+
     /// One migration in which the victim breaks when the step begins; how it ended, and after how long.
     fn cell(&mut self, step: &str) -> (String, Duration) {
         let (from, to) = (self.at, self.at.other());
@@ -179,6 +184,13 @@ impl Matrix {
 
     fn watch_for_criu(&self, site: Site) -> Criu {
         Criu::watch(std::fs::metadata(self.drill.stack.lab().site(site).path()).unwrap().ino())
+    }
+
+    /// What our command line says.
+    fn lb(&self, arguments: &[&str]) -> String {
+        let mut lb = self.drill.stack.lab().lb().command(program("lb").unwrap());
+        let output = lb.args(arguments).output().unwrap();
+        String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
     }
 
     /// The server runs where the gate points, and nowhere else is a copy that waits.
@@ -324,4 +336,44 @@ fn a_source_that_is_cut_off_for_long_stays_stopped() {
 #[test]
 fn a_daemon_that_is_cut_off_from_both_sites_for_long_comes_back() {
     column(Victim::BothCut, &["transfer", "confirm"], LONG);
+}
+
+#[test]
+fn an_operator_says_how_a_migration_ends_whose_target_never_answers_again() {
+    let mut matrix = Matrix::new(Victim::TargetAgent, Duration::ZERO);
+    // Killed too late, its target has confirmed; then it is the next one's turn.
+    for _ in 0..5 {
+        let (from, to) = (matrix.at, matrix.at.other());
+        let id = matrix.drill.stack.start_migration(matrix.drill.name(), to, &Value::Null).unwrap();
+        matrix.wait_for_step(&id, "confirm");
+        matrix.drill.stack.kill_agent(to);
+        let settled = wait_for(ENDS_WITHIN, || {
+            let (_, migration) =
+                matrix.drill.stack.admin("GET", &format!("/v1/migrations/{id}"), None).unwrap();
+            (migration["state"] != "running").then_some(migration)
+        });
+        let settled = settled.expect("it is in doubt, or over");
+        if settled["state"] == "in_doubt" {
+            assert!(settled["doubt"].as_str().unwrap().contains("say how it ends"), "{settled:#}");
+            let shown = matrix.lb(&["migrations"]);
+            assert!(shown.contains("IN DOUBT, still trying"), "{shown}");
+            let resolved = matrix.lb(&["migration", &id, "resolve", "--as", "rolled-back"]);
+            assert!(resolved.contains(&id), "{resolved}");
+            let migration = matrix.drill.stack.finished_migration(&id, ENDS_WITHIN).unwrap();
+            assert_eq!(migration["state"], "rolled_back", "{migration:#}");
+            assert_eq!(matrix.drill.backend()["location"], from.name());
+            matrix.drill.is_open();
+            let late = matrix.lb(&["migration", &id, "resolve", "--as", "committed"]);
+            assert!(late.contains("it has ended"), "{late}");
+            // It has nothing to say that could change that.
+            matrix.drill.stack.restart_agent(to).unwrap();
+            matrix.one_copy("confirm");
+            matrix.drill.must_be_whole();
+            return;
+        }
+        assert_eq!(settled["state"], "committed", "{settled:#}");
+        matrix.at = to;
+        matrix.drill.stack.restart_agent(to).unwrap();
+    }
+    panic!("the target's agent was killed too late each time");
 }

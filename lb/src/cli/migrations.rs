@@ -143,7 +143,7 @@ pub(super) fn cells(view: &MigrationView) -> Vec<String> {
 }
 
 /// One migration with its phases, and what an operator can do about it.
-fn detail(view: &MigrationView) -> String {
+pub(super) fn detail(view: &MigrationView) -> String {
     let mut text = render(std::slice::from_ref(view));
     if !view.phases.is_empty() {
         let rows = view.phases.iter().map(|phase| {

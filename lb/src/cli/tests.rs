@@ -7,6 +7,7 @@ use clap::CommandFactory as _;
 use super::*;
 use crate::admin::tests::{Play, Server};
 use crate::datapath::HoldStats;
+use crate::migrations::{MigrationState, MigrationView};
 
 #[derive(Clone, Default)]
 struct Paper(Arc<Mutex<Vec<u8>>>);
@@ -111,6 +112,35 @@ async fn status_is_a_table() {
     assert!(lines[7].ends_with("the restore failed"), "{text}");
 }
 
+#[tokio::test]
+async fn migrations_are_a_table_and_one_in_doubt_says_what_to_do() {
+    let server = Server::new(Play::Doubt).await;
+    assert_eq!(migrations::render(&[]), "no migrations yet\n");
+    let started = serde_json::json!({"backend": "chat-1", "to": "fra"});
+    let id = server.post("/v1/migrations", started).await.json()["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/migrations/{id}");
+    let view: MigrationView = loop {
+        let view: MigrationView = server.client.json(http::Method::GET, &path, None::<&()>).await.unwrap();
+        if view.state == MigrationState::InDoubt {
+            break view;
+        }
+    };
+    let text = migrations::detail(&view).replace(&id, "m-1");
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].starts_with("MIGRATION  BEGAN"), "{text}");
+    assert!(lines[1].contains("fra  IN DOUBT, still trying") && lines[1].ends_with("no answer"), "{text}");
+    assert!(text.contains("PHASE") && text.contains("prepare"), "{text}");
+    assert!(text.contains("at fra:  lb migration m-1 resolve --as committed"), "{text}");
+    assert!(text.contains("at ams:  lb migration m-1 resolve --as rolled-back"), "{text}");
+    let url = server.client.url();
+    for (verdict, code) in [("rolled-back", 2), ("committed", 0)] {
+        let cli = Cli::try_parse_from(["lb", "migration", &id, "--admin", url, "resolve", "--as", verdict]);
+        let Command::Migration(args) = cli.unwrap().command else { panic!("another command") };
+        assert_eq!(done(migrations::one(&args).await), ExitCode::from(code), "{verdict}");
+    }
+    server.finished(&id.into()).await;
+}
+
 #[test]
 fn arguments() {
     Cli::command().debug_assert();
@@ -121,6 +151,9 @@ fn arguments() {
         &["lb", "migrate", "chat-1"][..],
         &["lb", "migrate", "chat-1", "--to", "fra", "--policy", "maybe"],
         &["lb", "migrate", "chat-1", "--to", "fra", "--deadline-ms", "0"],
+        &["lb", "migration"],
+        &["lb", "migration", "m-1", "resolve"],
+        &["lb", "migration", "m-1", "resolve", "--as", "lost"],
         &["lb", "run"],
         &["lb", "walk"],
     ] {
