@@ -24,7 +24,7 @@ use crate::workload::holder::HolderPid;
 use crate::workload::sys;
 
 /// Deleted files up to this size travel inside the images.
-const GHOST_LIMIT_BYTES: u32 = 64 << 20;
+pub const GHOST_LIMIT_BYTES: u32 = 64 << 20;
 /// A CRIU that has said its last word ends at once; one that does not is left to itself.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// CRIU's messages are small; the largest carries one line of error text.
