@@ -36,6 +36,7 @@ enum Command {
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
     ///     certificate = "/etc/drover/agent-ams.pem"

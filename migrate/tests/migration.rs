@@ -117,13 +117,28 @@ fn over_ipv6() {
     client.finish().unwrap();
 }
 
+/// Refused in prepare, for this reason; no client waited.
+fn assert_refused(lab: &Arc<Lab>, client: &Client, id: &str, why: &str) {
+    let report = lab.migrate(lab.spec(id, At::A, DEADLINE), |_| ());
+    assert_rolled_back(lab, &report, why);
+    assert!(report.phases.iter().all(|phase| phase.name != "hold"), "{:?}", report.phases);
+    client.wait(20);
+    let target = lab.get(At::B, "/v1/workloads");
+    assert!(target.contains("\"state\":\"absent\""), "{target}");
+}
+
+/// A folder for files of one test; in memory, and wiped with the test.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
+}
+
 #[test]
-fn a_file_that_is_missing_at_the_target_rolls_back() {
+fn a_file_that_is_missing_at_the_target_is_found_before_anything_is_held() {
     if !possible() {
         return;
     }
-    let folder = PathBuf::from(format!("/dev/shm/migrate-needed-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let scratch = scratch();
+    let folder = scratch.path().to_owned();
     let file = folder.join("needed");
     std::fs::write(&file, "x").unwrap();
     let arguments = vec!["--open".to_owned(), file.to_str().unwrap().to_owned()];
@@ -131,14 +146,117 @@ fn a_file_that_is_missing_at_the_target_rolls_back() {
         Arc::new(Lab::new(Options { arguments, hide_at_b: Some(folder.clone()), ..Options::default() }));
     let client = Client::start(&lab);
     for round in 0..2 {
-        let report = lab.migrate(lab.spec(&format!("missing-{round}"), At::A, DEADLINE), |_| ());
-        assert_rolled_back(&lab, &report, "needed");
+        assert_refused(&lab, &client, &format!("missing-{round}"), "needed\" cannot be had there");
+    }
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_file_that_is_another_at_the_target_rolls_back() {
+    if !possible() {
+        return;
+    }
+    let scratch = scratch();
+    let [file, other] = ["file", "other"].map(|name| scratch.path().join(name));
+    std::fs::write(&file, "x").unwrap();
+    std::fs::write(&other, "another").unwrap();
+    // A file that is written to may have any size in prepare; CRIU compares it in the restore.
+    let arguments = vec!["--write".to_owned(), file.to_str().unwrap().to_owned()];
+    let lab =
+        Arc::new(Lab::new(Options { arguments, other_at_b: Some((file, other)), ..Options::default() }));
+    let client = Client::start(&lab);
+    for round in 0..2 {
+        let report = lab.migrate(lab.spec(&format!("other-file-{round}"), At::A, DEADLINE), |_| ());
+        assert_rolled_back(&lab, &report, "bad size");
+        assert!(report.phases.iter().any(|phase| phase.name == "restore"), "{:?}", report.phases);
         client.wait(20);
         let target = lab.get(At::B, "/v1/workloads");
         assert!(target.contains("\"state\":\"absent\""), "{target}");
     }
     client.finish().unwrap();
-    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn another_program_at_the_target_is_named_before_anything_is_held() {
+    if !possible() {
+        return;
+    }
+    let scratch = scratch();
+    let [program, other] = ["counter", "other"].map(|name| scratch.path().join(name));
+    for copy in [&program, &other] {
+        std::fs::copy(common::counter(), copy).unwrap();
+    }
+    // The same size, one bit of difference.
+    let mut code = std::fs::read(&other).unwrap();
+    *code.last_mut().unwrap() ^= 1;
+    std::fs::write(&other, code).unwrap();
+    let command = Some(vec![program.to_str().unwrap().to_owned(), "10.1.0.1:7000".to_owned()]);
+    let other_at_b = Some((program.clone(), other));
+    let lab = Arc::new(Lab::new(Options { command, other_at_b, ..Options::default() }));
+    let client = Client::start(&lab);
+    let why = format!("workload \"chat-1\" cannot enter site \"b\": {program:?} has other content there");
+    assert_refused(&lab, &client, "other-program", &why);
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_device_is_named_before_anything_is_held() {
+    let arguments = vec!["--open".to_owned(), "/dev/fuse".to_owned()];
+    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    assert_refused(&lab, &client, "device", "holds the device \"/dev/fuse\" (descriptor ");
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_target_that_is_short_of_memory_says_so_before_anything_is_held() {
+    let config_at_b = "spare_memory_mib = 1000000000\n".to_owned();
+    let Some(lab) = lab(Options { config_at_b, ..Options::default() }) else { return };
+    let client = Client::start(&lab);
+    assert_refused(
+        &lab,
+        &client,
+        "memory",
+        "and 0 MiB of memory are available (1000000000 MiB are to be left",
+    );
+    client.finish().unwrap();
+}
+
+#[test]
+fn a_port_that_is_taken_at_the_target_is_named_before_anything_is_held() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let taken = lab.inside("b", || std::net::TcpListener::bind("0.0.0.0:7000").unwrap());
+    assert_refused(&lab, &client, "port", "10.1.0.1:7000/tcp is taken there by another process");
+    drop(taken);
+    assert_moves(&lab, &client, "free", At::A);
+    client.finish().unwrap();
+}
+
+#[test]
+fn another_processor_is_refused() {
+    let Some(lab) = lab(Options::default()) else { return };
+    let client = Client::start(&lab);
+    let prepare = format!(
+        r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"a","hold_deadline_ms":1000,"lease_ms":10000}}"#,
+        lab.address
+    );
+    let answer = lab.http(At::B, "PUT", "/v1/migrations/cpu", &prepare);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    // What CRIU cannot read is no processor that fits, and an instruction set of tomorrow is missing here.
+    let manifest = r#"{"memory_bytes":0,"files":[],"sockets":[],"processor":{"instructions":["avx9"],"criu_image":"00"}}"#;
+    let (_, [a, b]) = &lab.certificates;
+    let answer = lab.http_as(a, At::B, "POST", "/v1/migrations/cpu/manifest", manifest);
+    assert!(answer.starts_with("HTTP/1.1 409 "), "{answer}");
+    assert!(
+        answer.contains("lacks what the workload may be using (avx9): `criu cpuinfo check` fails: "),
+        "{answer}"
+    );
+    // It is the source's to say what the workload needs.
+    let answer = lab.http_as(b, At::B, "POST", "/v1/migrations/cpu/manifest", manifest);
+    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    client.wait(20);
+    client.finish().unwrap();
 }
 
 #[test]
@@ -158,16 +276,41 @@ fn a_server_that_cannot_be_dumped_goes_on() {
     if !possible() {
         return;
     }
-    let path = format!("/dev/shm/migrate-outside-{}", std::process::id());
+    let scratch = scratch();
+    let path = scratch.path().join("outside");
     let _outside = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let arguments = vec!["--unix".to_owned(), path.clone()];
+    let arguments = vec!["--unix-in-flight".to_owned(), path.to_str().unwrap().to_owned()];
     let lab = Arc::new(Lab::new(Options { arguments, ..Options::default() }));
     let client = Client::start(&lab);
     let report = lab.migrate(lab.spec("outside", At::A, DEADLINE), |_| ());
-    assert_rolled_back(&lab, &report, "unix");
+    assert_rolled_back(&lab, &report, "CRIU: ");
+    assert!(report.phases.iter().any(|phase| phase.name == "freeze"), "{:?}", report.phases);
     client.wait(20);
     client.finish().unwrap();
-    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_unix_connection_to_the_outside_is_named_before_anything_is_held() {
+    if !possible() {
+        return;
+    }
+    let scratch = scratch();
+    let path = scratch.path().join("outside");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let arguments = vec!["--unix".to_owned(), path.to_str().unwrap().to_owned()];
+    let lab = Arc::new(Lab::new(Options { arguments, ..Options::default() }));
+    let client = Client::start(&lab);
+    let why = "holds a unix socket (descriptor ";
+    assert_refused(&lab, &client, "not-accepted", why);
+    let accepted = listener.accept().unwrap();
+    assert_refused(
+        &lab,
+        &client,
+        "accepted",
+        &format!("that is connected to {path:?} outside of the workload"),
+    );
+    drop(accepted);
+    client.finish().unwrap();
 }
 
 /// Kills an agent when a phase begins; the phases before the flip all end in a rollback.

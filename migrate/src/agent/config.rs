@@ -45,6 +45,8 @@ struct RawConfig {
     insecure: bool,
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
+    #[serde(default = "spare_memory_mib")]
+    spare_memory_mib: u64,
     decapsulator: Option<RawDecapsulator>,
     #[serde(default)]
     workloads: Vec<RawWorkload>,
@@ -63,6 +65,11 @@ struct RawWorkload {
     start: bool,
 }
 
+/// What a host needs to stay usable.
+fn spare_memory_mib() -> u64 {
+    64
+}
+
 /// A site agent's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -76,6 +83,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Program and leading arguments of CRIU, if not the default.
     pub criu: Option<Vec<String>>,
+    /// Available memory that a migration has to leave.
+    pub spare_memory_bytes: u64,
     /// The site's end of the load balancer's tunnels, where it is ours.
     pub decapsulator: Option<decapsulator::Config>,
     /// What may run here.
@@ -177,7 +186,20 @@ impl RawConfig {
             raw.validate(&self.site).map_err(|(key, problem)| (format!("decapsulator: {key}"), problem))
         });
         let decapsulator = decapsulator.transpose()?;
-        Ok(Config { site: self.site, listen, transport, state_dir, criu: self.criu, decapsulator, workloads })
+        let spare_memory_bytes = self
+            .spare_memory_mib
+            .checked_mul(1 << 20)
+            .ok_or_else(|| at("spare_memory_mib", "mebibytes are meant, such as 64"))?;
+        Ok(Config {
+            site: self.site,
+            listen,
+            transport,
+            state_dir,
+            criu: self.criu,
+            spare_memory_bytes,
+            decapsulator,
+            workloads,
+        })
     }
 }
 
@@ -269,6 +291,7 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         let config = parse(GOOD).unwrap();
         assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
         assert_eq!(config.workloads[0].dir, Path::new("/"));
+        assert_eq!(config.spare_memory_bytes, 64 << 20);
         assert!(config.workloads[0].start);
         assert_eq!(config.decapsulator, None);
         let config = parse(&format!("{GOOD}{DECAPSULATOR}")).unwrap().decapsulator.unwrap();
@@ -308,6 +331,11 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
             ("ca =", "cas =", "unknown field `cas`"),
             ("[tls]", "insecure = true\n[tls]", "agent.toml: insecure: there is a section [tls]"),
             ("site =", "sites =", "unknown field `sites`"),
+            (
+                "site =",
+                "spare_memory_mib = 99999999999999\nsite =",
+                "agent.toml: spare_memory_mib: mebibytes",
+            ),
             ("start = true", "start = 1", "line 13"),
             ("protocol = \"tcp\"", "protocol = \"sctp\"", "sctp"),
             ("10.1.0.1:6379", "10.1.0.1/32", "workloads[0] \"chat-1\": address: "),

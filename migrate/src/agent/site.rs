@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::config::{Config, Workload};
 use super::images::{self, ImagesError};
+use super::readiness::Readiness;
 use super::session::{Session, View};
 use crate::coordinator::machine::LEASE;
 use crate::criu::program::Program;
@@ -121,6 +122,8 @@ pub struct Site {
     pub images: PathBuf,
     /// The end of the load balancer's tunnels, where it is ours.
     pub decapsulator: Option<Decapsulator>,
+    /// What checks have found out.
+    pub readiness: Readiness,
     places: Mutex<HashMap<String, Place>>,
     sessions: Mutex<VecDeque<Arc<Session>>>,
     /// Of copies that a former agent left stopped: the last offer of each, and since when.
@@ -147,10 +150,13 @@ impl Site {
             records,
             images,
             decapsulator,
+            readiness: Readiness::default(),
             places: Mutex::default(),
             sessions: Mutex::default(),
             offers: Mutex::default(),
         });
+        let looking = site.clone();
+        tokio::spawn(async move { looking.look_at_criu().await });
         for workload in &site.config.workloads {
             let name = &workload.name;
             let adopted = site.adopt(name).await;

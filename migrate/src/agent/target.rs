@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
 use super::images::{Folder, ImagesError};
+use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
@@ -23,6 +24,9 @@ pub enum PrepareError {
     /// The workload.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// CRIU does not work here.
+    #[error(transparent)]
+    Readiness(#[from] ReadinessError),
     /// The rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
@@ -85,6 +89,7 @@ async fn ready(
     session: &Arc<Session>,
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
+    site.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
     site.silence(site.workload(&prepare.workload)?).sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
