@@ -10,7 +10,7 @@ use super::site::Site;
 use crate::checks::hashes::Hashes;
 use crate::checks::problem::{Problem, Refused};
 use crate::checks::room::Room;
-use crate::checks::{cpu, files, sockets, tasks};
+use crate::checks::{cpu, files, room, sockets, tasks};
 use crate::client::chain;
 use crate::criu::check::{self, CheckError};
 use crate::protocol::manifest::{Manifest, Processor};
@@ -94,8 +94,8 @@ impl Site {
         let looking = tokio::task::spawn_blocking(move || tasks::look(holder.pid, root, &hashes));
         let (processor, found) = tokio::join!(self.processor(), looking);
         let mut found = found.map_err(|error| ReadinessError::Broken(error.to_string()))?;
-        let room = Room::here(&self.images, self.config.spare_memory_bytes)?;
-        found.problems.extend(room.for_images(found.memory_bytes, &self.images));
+        let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
+        found.problems.extend(space.for_images(found.memory_bytes, &self.images));
         let head = || format!("workload {workload:?} cannot leave site {:?}", self.config.site);
         Refused::unless_none(head, found.problems)?;
         let manifest = Manifest {
@@ -118,8 +118,11 @@ impl Site {
     pub async fn may_enter(&self, workload: &str, manifest: Manifest) -> Result<(), ReadinessError> {
         let started = Instant::now();
         let hashes = self.readiness.hashes.clone();
-        let room = Room::here(&self.images, self.config.spare_memory_bytes)?;
-        let mut problems = room.for_restore(manifest.memory_bytes, &self.images);
+        let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
+        let mut problems = space.for_restore(manifest.memory_bytes, &self.images);
+        let cgroup = self.workload(workload).ok().and_then(|workload| workload.cgroup.as_ref());
+        let bound = cgroup.and_then(|cgroup| cgroup.memory_max_bytes);
+        problems.extend(bound.and_then(|bound| room::exceeds(manifest.memory_bytes, bound)));
         let processor = manifest.processor.clone();
         let comparing = tokio::task::spawn_blocking(move || {
             let mut problems = files::compare(&manifest.files, &hashes);

@@ -164,6 +164,8 @@ impl From<SiteError> for Refusal {
             SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } => StatusCode::CONFLICT,
             SiteError::Address { .. } => StatusCode::BAD_REQUEST,
             SiteError::Start { .. }
+            | SiteError::User(_)
+            | SiteError::Cgroup(_)
             | SiteError::Holder(_)
             | SiteError::Images(_)
             | SiteError::Silence(_)

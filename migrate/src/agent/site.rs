@@ -20,10 +20,12 @@ use crate::decapsulator::{Decapsulator, DecapsulatorError};
 use crate::net::repair;
 use crate::net::silence::{Scope, Silence, SilenceError};
 use crate::protocol::{WorkloadState, WorkloadStatus};
+use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
 use crate::workload::processes::{self, Process};
 use crate::workload::record::{Records, root_of};
 use crate::workload::sys;
+use crate::workload::user::{Identity, UserError};
 
 /// Numbers of offers after an agent's restart begin here.
 const FIRST_OFFER: u32 = 1 << 16;
@@ -81,6 +83,12 @@ pub enum SiteError {
         #[source]
         source: io::Error,
     },
+    /// As whom it is to run.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// What bounds it.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Namespaces.
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -226,10 +234,27 @@ impl Site {
         let workload = self.workload(name)?;
         self.check_absent(name)?;
         self.check_address(workload)?;
+        let started = self.start_absent(name, workload).await;
+        if started.is_err()
+            && let Some(cgroup) = &workload.cgroup
+        {
+            cgroup.remove().await;
+        }
+        started
+    }
+
+    async fn start_absent(self: &Arc<Self>, name: &str, workload: &Workload) -> Result<(), SiteError> {
         let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.args(["enter", "--holder", &holder.pid().to_string(), "workload"]);
-        command.arg("--dir").arg(&workload.dir);
+        command.args(["enter", "--holder", &holder.pid().to_string()]);
+        for folder in workload.make_cgroup()? {
+            command.arg("--cgroup").arg(folder);
+        }
+        // They come to the workload through the programs in between, and stand in no list of arguments.
+        command.arg("workload").envs(&workload.env).arg("--dir").arg(&workload.dir);
+        if let Some(user) = &workload.user {
+            command.arg("--user").arg(Identity::find(user)?.to_string());
+        }
         if let Some(log) = &workload.log {
             command.arg("--log").arg(log);
         }
@@ -246,6 +271,9 @@ impl Site {
                 return Err(failed(format!("{:?} ended at once", workload.command.join(" "))));
             }
             tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        if let Some(cgroup) = &workload.cgroup {
+            cgroup.set_bounds()?;
         }
         self.records.write(name, holder.pid())?;
         let holder = holder.keep().await?;
@@ -346,6 +374,9 @@ impl Site {
         self.records.remove(name);
         if !holder.kill().await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
+        }
+        if let Ok(Workload { cgroup: Some(cgroup), .. }) = self.workload(name) {
+            cgroup.remove().await;
         }
     }
 

@@ -132,7 +132,7 @@ async fn ready(
     // A table of a former migration that was cut off would be in the way.
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = Swrk::start(&site.criu, holder, folder.path())?;
+    let mut swrk = Swrk::start(&site.criu, holder, &[], folder.path())?;
     swrk.warm().await?;
     holder.save_kernel_cache(&site.kernel_cache());
     start_dump(&mut swrk, root.inner_pid).await?;
@@ -381,7 +381,7 @@ impl Driver {
     async fn dump_again(&mut self) {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
-            let mut swrk = Swrk::start(&self.site.criu, self.holder, self.folder.path())
+            let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
                 .map_err(|error| chain(&error))?;
             start_dump(&mut swrk, self.pid).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
+use super::config::Workload;
 use super::images::{Folder, ImagesError};
 use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
@@ -16,6 +17,7 @@ use crate::net::repair;
 use crate::net::silence::SilenceError;
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
+use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{Holder, HolderError, HolderPid};
 
 /// Why a target could not get ready.
@@ -30,6 +32,9 @@ pub enum PrepareError {
     /// The rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
+    /// The control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The namespaces.
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -91,10 +96,11 @@ async fn ready(
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
     site.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
-    site.silence(site.workload(&prepare.workload)?).sweep().await?;
+    let workload = site.workload(&prepare.workload)?;
+    site.silence(workload).sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
-    let mut swrk = Swrk::start(&site.criu, holder.pid(), folder.path())?;
+    let mut swrk = Swrk::start(&site.criu, holder.pid(), &workload.make_cgroup()?, folder.path())?;
     swrk.warm().await?;
     holder.pid().save_kernel_cache(&site.kernel_cache());
     let (inner, news) = mpsc::unbounded_channel();
@@ -245,9 +251,26 @@ impl Driver {
                 {
                     tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
                 }
+                let runs = matches!(event, AgentEvent::Running(_));
                 self.session.report(event);
+                if runs {
+                    self.set_bounds();
+                }
             }
             Command::End => self.end(state).await,
+        }
+    }
+
+    /// CRIU had none; from here on the workload has.
+    fn set_bounds(&self) {
+        let workload = self.site.workload(&self.session.workload);
+        if let Ok(Workload { cgroup: Some(cgroup), .. }) = workload
+            && let Err(error) = cgroup.set_bounds()
+        {
+            tracing::error!(
+                error = chain(&error),
+                "the workload runs without the bounds of its control group"
+            );
         }
     }
 

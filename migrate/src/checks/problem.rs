@@ -42,6 +42,19 @@ pub enum Problem {
         /// By whom.
         tracer: i32,
     },
+    /// The kernel does not tell CRIU its limits.
+    #[error(
+        "{task} runs as UID {uid}, GID {gid}, and CRIU may dump another user's process only with the capability \
+         CAP_SYS_RESOURCE: start the agent with it, or the server as the agent's own user"
+    )]
+    OtherUser {
+        /// Who.
+        task: Task,
+        /// Its user.
+        uid: String,
+        /// Its group.
+        gid: String,
+    },
     /// CRIU does not dump namespaces below those of the root.
     #[error(
         "{task} is in another {kind} namespace than the workload's first process, which CRIU cannot dump"
@@ -185,6 +198,16 @@ pub enum Problem {
         available_mib: u64,
         /// What is to be left.
         spare_mib: u64,
+    },
+    /// The workload would not fit into its control group.
+    #[error(
+        "the tasks hold {need_mib} MiB, and their control group there may have {bound_mib} MiB (`memory_max_mib`)"
+    )]
+    Bound {
+        /// How much they hold.
+        need_mib: u64,
+        /// How much they may hold.
+        bound_mib: u64,
     },
     /// Too little space for images.
     #[error("the images take {need_mib} MiB, and their folder {folder:?} has room for {free_mib} MiB")]

@@ -75,6 +75,12 @@ impl Room {
     }
 }
 
+/// Whether so much memory is more than a control group may have.
+pub fn exceeds(memory_bytes: u64, bound_bytes: u64) -> Option<Problem> {
+    let (need_mib, bound_mib) = (memory_bytes.div_ceil(MIB), bound_bytes / MIB);
+    (memory_bytes > bound_bytes).then_some(Problem::Bound { need_mib, bound_mib })
+}
+
 fn available_bytes(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
@@ -109,6 +115,13 @@ mod tests {
             refused.contains("images take 64 MiB, and their folder \"/run/images\" has room for 50 MiB"),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn a_control_group_has_to_be_large_enough() {
+        assert!(exceeds(5 * MIB, 5 * MIB).is_none());
+        let refused = exceeds(5 * MIB + 1, 5 * MIB).unwrap().to_string();
+        assert!(refused.contains("hold 6 MiB, and their control group there may have 5 MiB"), "{refused}");
     }
 
     #[test]

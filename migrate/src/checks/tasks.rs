@@ -13,6 +13,9 @@ use crate::workload::processes;
 /// Namespaces that CRIU dumps for the root alone (`CLONE_SUBNS` of its `namespaces.c` has the others).
 const ROOT_ONLY: [&str; 5] = ["ipc", "pid", "time", "user", "uts"];
 
+/// linux/capability.h.
+const CAP_SYS_RESOURCE: u32 = 24;
+
 /// A task's unix socket.
 #[derive(Debug)]
 pub struct UnixEnd {
@@ -110,6 +113,8 @@ pub fn look(holder: i32, root: i32, hashes: &Hashes) -> Found {
             found.problems.push(Problem::Orphan { task });
         }
     }
+    let own = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let own = Status(&own);
     let mut shared_bytes = 0;
     for pid in tree {
         let Some((task, status)) = read(pid) else { continue };
@@ -118,6 +123,7 @@ pub fn look(holder: i32, root: i32, hashes: &Hashes) -> Found {
             Ok(0) | Err(_) => {}
             Ok(tracer) => found.problems.push(Problem::Traced { task: task.clone(), tracer }),
         }
+        look_at_user(&task, &status, &own, &mut found);
         look_at_namespaces(&task, root, &mut found);
         descriptors::look(&task, &mut found);
         mappings::look(&task, hashes, &mut found);
@@ -139,6 +145,24 @@ fn read(pid: i32) -> Option<(Task, String)> {
     let status = Status(&text);
     let name = status.text("Name").unwrap_or_default().to_owned();
     (!status.is_zombie()).then_some((Task { pid, name }, text))
+}
+
+/// prlimit(2): the limits of a process are told to one of all the same users and groups, or to who has the capability.
+fn look_at_user(task: &Task, status: &Status<'_>, own: &Status<'_>, found: &mut Found) {
+    let capabilities = own.text("CapEff").and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    let may_all = capabilities.is_some_and(|bits| bits & (1 << CAP_SYS_RESOURCE) != 0);
+    // Real, effective and saved.
+    let all =
+        |name: &str| status.text(name).unwrap_or_default().split_whitespace().take(3).collect::<Vec<_>>();
+    let is_own = |name: &str| {
+        let ours = own.text(name).and_then(|ids| ids.split_whitespace().next()).unwrap_or_default();
+        all(name).iter().all(|id| *id == ours)
+    };
+    let is_told = may_all || is_own("Uid") && is_own("Gid");
+    if !is_told {
+        let id = |name: &str| all(name).first().map_or_else(String::new, ToString::to_string);
+        found.problems.push(Problem::OtherUser { task: task.clone(), uid: id("Uid"), gid: id("Gid") });
+    }
 }
 
 fn look_at_namespaces(task: &Task, root: i32, found: &mut Found) {
@@ -190,11 +214,11 @@ mod tests {
         std::process::id().cast_signed()
     }
 
-    /// Starts `sleep`; it has its name when this returns.
+    /// Starts `sleep`; it sleeps, with its name and its libraries, when this returns.
     fn spawn(command: &mut Command) -> Child {
         let child = command.spawn().unwrap();
-        let name = format!("/proc/{}/comm", child.id());
-        while fs::read_to_string(&name).unwrap() != "sleep\n" {
+        let stat = format!("/proc/{}/stat", child.id());
+        while !fs::read_to_string(&stat).unwrap().contains("(sleep) S ") {
             std::thread::yield_now();
         }
         child
@@ -264,6 +288,29 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(text.contains(&format!("(pid {pid}) is in another ipc namespace")), "{text}");
+    }
+
+    #[test]
+    fn another_users_task_takes_a_capability() {
+        let task = Task { pid: 7, name: "redis".into() };
+        let status =
+            |uid: &str, capabilities: &str| format!("Uid:\t{uid}\nGid:\t0 0 0 0\nCapEff:\t{capabilities}\n");
+        let (all, not_this) = ("000001ffffffffff", "000001fffeffffff");
+        for (uid, capabilities, refused) in [
+            ("0 0 0 0", not_this, false),
+            ("999 999 999 999", all, false),
+            ("999 999 999 999", not_this, true),
+            ("0 999 0 0", not_this, true),
+        ] {
+            let mut found = Found::default();
+            look_at_user(
+                &task,
+                &Status(&status(uid, all)),
+                &Status(&status("0 0 0 0", capabilities)),
+                &mut found,
+            );
+            assert_eq!(said(&found).contains("CAP_SYS_RESOURCE"), refused, "{uid} {capabilities}");
+        }
     }
 
     #[test]

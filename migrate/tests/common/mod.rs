@@ -93,6 +93,8 @@ pub struct Options {
     pub other_at_b: Option<(PathBuf, PathBuf)>,
     /// Further lines of site b's configuration.
     pub config_at_b: String,
+    /// Further lines of the workload's configuration, at each site.
+    pub workload: [String; 2],
     pub ipv6: bool,
     /// The agents' CRIU, if not the default.
     pub criu: Option<String>,
@@ -203,7 +205,7 @@ impl Lab {
         let config = self.dir.join(format!("agent-{}.toml", at.name()));
         let text = format!(
             "site = {:?}\nlisten = \"{}\"\nstate_dir = {:?}\n{}{}{}[[workloads]]\nname = {BACKEND:?}\n\
-             address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n",
+             address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n{}",
             at.name(),
             at.host(),
             self.dir.join(format!("state-{}", at.name())),
@@ -213,7 +215,8 @@ impl Lab {
             self.address,
             self.command(),
             self.dir,
-            at == At::A
+            at == At::A,
+            self.options.workload[at as usize],
         );
         std::fs::write(&config, text).unwrap();
         let mut hide = String::new();
