@@ -7,48 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{At, BACKEND, Client, Lab, Options, possible};
+use common::outcome::{assert_moves, assert_rolled_back, lab, scratch, show};
+use common::{At, BACKEND, Client, DEADLINE, Lab, Options, possible};
 use migrate::coordinator::{Outcome, Progress, Report};
 use tokio_util::sync::CancellationToken;
-
-const DEADLINE: Duration = Duration::from_secs(5);
-
-fn lab(options: Options) -> Option<Arc<Lab>> {
-    possible().then(|| Arc::new(Lab::new(options)))
-}
-
-fn show(what: &str, report: &Report) {
-    let phases: Vec<_> = report
-        .phases
-        .iter()
-        .map(|phase| format!("{} {:.1}", phase.name, phase.end_ms - phase.start_ms))
-        .collect();
-    println!(
-        "{what}: {:?}, freeze {:.1} ms (of it {:.1} ms for the test's own flip), phases in ms: {}",
-        report.outcome,
-        report.freeze_ms,
-        report.flip_us / 1e3,
-        phases.join(", ")
-    );
-}
-
-/// Everything that has to hold after a migration that did not happen.
-fn assert_rolled_back(lab: &Arc<Lab>, report: &Report, why: &str) {
-    show("rollback", report);
-    assert_eq!(report.outcome, Outcome::RolledBack, "{:?}", report.reason);
-    let reason = report.reason.as_deref().unwrap_or_default();
-    assert!(reason.contains(why), "{reason:?} does not say {why:?}");
-    assert!(report.phases.iter().any(|phase| phase.name == "rollback"), "{:?}", report.phases);
-    assert!(lab.get(At::A, "/v1/workloads").contains("\"state\":\"running\""));
-    lab.assert_unsilenced(At::A);
-}
-
-fn assert_moves(lab: &Arc<Lab>, client: &Client, id: &str, from: At) {
-    let report = lab.migrate(lab.spec(id, from, DEADLINE), |_| ());
-    show(id, &report);
-    assert_eq!(report.outcome, Outcome::Committed, "{:?}", report.reason);
-    client.wait(20);
-}
 
 #[test]
 fn there_and_back() {
@@ -117,40 +79,6 @@ fn over_ipv6() {
     client.finish().unwrap();
 }
 
-/// Refused in prepare, for this reason; no client waited.
-fn assert_refused(lab: &Arc<Lab>, client: &Client, id: &str, why: &str) {
-    let report = lab.migrate(lab.spec(id, At::A, DEADLINE), |_| ());
-    assert_rolled_back(lab, &report, why);
-    assert!(report.phases.iter().all(|phase| phase.name != "hold"), "{:?}", report.phases);
-    client.wait(20);
-    let target = lab.get(At::B, "/v1/workloads");
-    assert!(target.contains("\"state\":\"absent\""), "{target}");
-}
-
-/// A folder for files of one test; in memory, and wiped with the test.
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").unwrap()
-}
-
-#[test]
-fn a_file_that_is_missing_at_the_target_is_found_before_anything_is_held() {
-    if !possible() {
-        return;
-    }
-    let scratch = scratch();
-    let folder = scratch.path().to_owned();
-    let file = folder.join("needed");
-    std::fs::write(&file, "x").unwrap();
-    let arguments = vec!["--open".to_owned(), file.to_str().unwrap().to_owned()];
-    let lab =
-        Arc::new(Lab::new(Options { arguments, hide_at_b: Some(folder.clone()), ..Options::default() }));
-    let client = Client::start(&lab);
-    for round in 0..2 {
-        assert_refused(&lab, &client, &format!("missing-{round}"), "needed\" cannot be had there");
-    }
-    client.finish().unwrap();
-}
-
 #[test]
 fn a_file_that_is_another_at_the_target_rolls_back() {
     if !possible() {
@@ -177,101 +105,6 @@ fn a_file_that_is_another_at_the_target_rolls_back() {
 }
 
 #[test]
-fn another_program_at_the_target_is_named_before_anything_is_held() {
-    if !possible() {
-        return;
-    }
-    let scratch = scratch();
-    let [program, other] = ["counter", "other"].map(|name| scratch.path().join(name));
-    for copy in [&program, &other] {
-        std::fs::copy(common::counter(), copy).unwrap();
-    }
-    // The same size, one bit of difference.
-    let mut code = std::fs::read(&other).unwrap();
-    *code.last_mut().unwrap() ^= 1;
-    std::fs::write(&other, code).unwrap();
-    let command = Some(vec![program.to_str().unwrap().to_owned(), "10.1.0.1:7000".to_owned()]);
-    let other_at_b = Some((program.clone(), other));
-    let lab = Arc::new(Lab::new(Options { command, other_at_b, ..Options::default() }));
-    let client = Client::start(&lab);
-    let why = format!("workload \"chat-1\" cannot enter site \"b\": {program:?} has other content there");
-    assert_refused(&lab, &client, "other-program", &why);
-    client.finish().unwrap();
-}
-
-#[test]
-fn a_device_is_named_before_anything_is_held() {
-    let arguments = vec!["--open".to_owned(), "/dev/fuse".to_owned()];
-    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
-    let client = Client::start(&lab);
-    assert_refused(&lab, &client, "device", "holds the device \"/dev/fuse\" (descriptor ");
-    client.finish().unwrap();
-}
-
-#[test]
-fn a_target_that_is_short_of_memory_says_so_before_anything_is_held() {
-    let config_at_b = "spare_memory_mib = 1000000000\n".to_owned();
-    let Some(lab) = lab(Options { config_at_b, ..Options::default() }) else { return };
-    let client = Client::start(&lab);
-    assert_refused(
-        &lab,
-        &client,
-        "memory",
-        "and 0 MiB of memory are available (1000000000 MiB are to be left",
-    );
-    client.finish().unwrap();
-}
-
-#[test]
-fn a_port_that_is_taken_at_the_target_is_named_before_anything_is_held() {
-    let Some(lab) = lab(Options::default()) else { return };
-    let client = Client::start(&lab);
-    let taken = lab.inside("b", || std::net::TcpListener::bind("0.0.0.0:7000").unwrap());
-    assert_refused(&lab, &client, "port", "10.1.0.1:7000/tcp is taken there by another process");
-    drop(taken);
-    assert_moves(&lab, &client, "free", At::A);
-    client.finish().unwrap();
-}
-
-#[test]
-fn another_processor_is_refused() {
-    let Some(lab) = lab(Options::default()) else { return };
-    let client = Client::start(&lab);
-    let prepare = format!(
-        r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"a","hold_deadline_ms":1000,"lease_ms":10000}}"#,
-        lab.address
-    );
-    let answer = lab.http(At::B, "PUT", "/v1/migrations/cpu", &prepare);
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    // What CRIU cannot read is no processor that fits, and an instruction set of tomorrow is missing here.
-    let manifest = r#"{"memory_bytes":0,"files":[],"sockets":[],"processor":{"instructions":["avx9"],"criu_image":"00"}}"#;
-    let (_, [a, b]) = &lab.certificates;
-    let answer = lab.http_as(a, At::B, "POST", "/v1/migrations/cpu/manifest", manifest);
-    assert!(answer.starts_with("HTTP/1.1 409 "), "{answer}");
-    assert!(
-        answer.contains("lacks what the workload may be using (avx9): `criu cpuinfo check` fails: "),
-        "{answer}"
-    );
-    // It is the source's to say what the workload needs.
-    let answer = lab.http_as(b, At::B, "POST", "/v1/migrations/cpu/manifest", manifest);
-    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
-    client.wait(20);
-    client.finish().unwrap();
-}
-
-#[test]
-fn a_criu_that_is_not_there_is_said_before_anything_is_held() {
-    let criu = Some("/nonexistent/criu".to_owned());
-    let Some(lab) = lab(Options { criu, ..Options::default() }) else { return };
-    let client = Client::start(&lab);
-    let report = lab.migrate(lab.spec("no-criu", At::A, DEADLINE), |_| ());
-    assert_rolled_back(&lab, &report, "start /nonexistent/criu");
-    assert!(report.reason.unwrap().contains("cargo xtask setup"));
-    assert!(report.phases.iter().all(|phase| phase.name != "hold"));
-    client.finish().unwrap();
-}
-
-#[test]
 fn a_server_that_cannot_be_dumped_goes_on() {
     if !possible() {
         return;
@@ -286,30 +119,6 @@ fn a_server_that_cannot_be_dumped_goes_on() {
     assert_rolled_back(&lab, &report, "CRIU: ");
     assert!(report.phases.iter().any(|phase| phase.name == "freeze"), "{:?}", report.phases);
     client.wait(20);
-    client.finish().unwrap();
-}
-
-#[test]
-fn a_unix_connection_to_the_outside_is_named_before_anything_is_held() {
-    if !possible() {
-        return;
-    }
-    let scratch = scratch();
-    let path = scratch.path().join("outside");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let arguments = vec!["--unix".to_owned(), path.to_str().unwrap().to_owned()];
-    let lab = Arc::new(Lab::new(Options { arguments, ..Options::default() }));
-    let client = Client::start(&lab);
-    let why = "holds a unix socket (descriptor ";
-    assert_refused(&lab, &client, "not-accepted", why);
-    let accepted = listener.accept().unwrap();
-    assert_refused(
-        &lab,
-        &client,
-        "accepted",
-        &format!("that is connected to {path:?} outside of the workload"),
-    );
-    drop(accepted);
     client.finish().unwrap();
 }
 
@@ -608,117 +417,4 @@ fn images_and_keys_are_for_root_alone() {
     }
     assert_eq!(mode(lab.dir.join("pki/ca.key")), 0o600);
     client.finish().unwrap();
-}
-
-/// The workload's first process, as the agent at `at` says.
-fn root_pid(lab: &Lab, at: At) -> u32 {
-    let answer = lab.get(at, "/v1/workloads");
-    let pid = answer.split_once("\"pid\":").unwrap().1;
-    pid.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
-}
-
-/// Who a process is, what was set in its environment, and its control groups below `group`.
-fn settings(pid: u32, group: &str) -> (String, bool, Vec<String>) {
-    let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
-    let status = read("status");
-    let ids: Vec<_> = status.lines().filter(|line| ["Uid:", "Gid:", "Grou"].contains(&&line[..4])).collect();
-    let is_set = read("environ").split('\0').any(|variable| variable == "DROVER_TEST=it is set");
-    let groups =
-        read("cgroup").lines().filter_map(|line| Some(line.split_once(group)?.1.to_owned())).collect();
-    (ids.join(" ").replace('\t', " "), is_set, groups)
-}
-
-/// Where control groups may be, of either version.
-const CGROUP_ROOTS: [&str; 4] =
-    ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
-
-/// The file of a control group's bound, wherever it is on this host.
-fn bound(group: &str, files: [&str; 2]) -> String {
-    let all = CGROUP_ROOTS.iter().flat_map(|root| files.map(|file| format!("{root}/{group}/{file}")));
-    all.filter_map(|path| std::fs::read_to_string(path).ok()).next().unwrap_or_default().trim().to_owned()
-}
-
-/// Removes a test's control groups, which nobody is in any more.
-struct Groups(String);
-
-impl Drop for Groups {
-    fn drop(&mut self) {
-        for group in CGROUP_ROOTS.iter().map(|root| PathBuf::from(format!("{root}/{}", self.0))) {
-            for folder in [group.join("a"), group.join("b"), group] {
-                // Not every host has every one.
-                let _ = std::fs::remove_dir(folder);
-            }
-        }
-    }
-}
-
-/// Whether CRIU can dump other users' processes here.
-fn may_dump_other_users() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let digits = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
-    const CAP_SYS_RESOURCE: u64 = 24;
-    u64::from_str_radix(digits, 16).unwrap() & (1 << CAP_SYS_RESOURCE) != 0
-}
-
-#[test]
-fn a_user_comes_along_or_is_named_before_anything_is_held() {
-    if !possible() {
-        return;
-    }
-    let scratch = scratch();
-    // Where anybody may run it.
-    let program = scratch.path().join("counter");
-    std::fs::copy(common::counter(), &program).unwrap();
-    std::fs::set_permissions(scratch.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let command = Some(vec![program.to_str().unwrap().to_owned(), "10.1.0.1:7000".to_owned()]);
-    let user = "user = \"54321:54322\"\n".to_owned();
-    let lab = Arc::new(Lab::new(Options { command, workload: [user.clone(), user], ..Options::default() }));
-    let client = Client::start(&lab);
-    let ids = |at| settings(root_pid(&lab, at), "none").0;
-    let expected = "Uid: 54321 54321 54321 54321 Gid: 54322 54322 54322 54322 Groups: 54322 ";
-    assert_eq!(ids(At::A), expected);
-    if may_dump_other_users() {
-        assert_moves(&lab, &client, "there", At::A);
-        assert_eq!(ids(At::B), expected);
-    } else {
-        let why = "runs as UID 54321, GID 54322, and CRIU may dump another user's process only with";
-        assert_refused(&lab, &client, "user", why);
-    }
-    client.finish().unwrap();
-}
-
-#[test]
-fn an_environment_and_a_control_group_come_along() {
-    if !possible() {
-        return;
-    }
-    let group = format!("drover-test-{}", std::process::id());
-    let lines = |site: &str, pids_max: u32| {
-        format!(
-            "env = {{ DROVER_TEST = \"it is set\" }}\n[workloads.cgroup]\n\
-             path = \"{group}/{site}\"\nmemory_max_mib = 256\npids_max = {pids_max}\n"
-        )
-    };
-    // It goes after the lab.
-    let _groups = Groups(group.clone());
-    let lab =
-        Arc::new(Lab::new(Options { workload: [lines("a", 50), lines("b", 60)], ..Options::default() }));
-    let client = Client::start(&lab);
-    let expected = |pid: u32, site: &str, pids_max: &str| {
-        let (_, is_set, groups) = settings(pid, &format!("{group}/"));
-        assert!(is_set && !groups.is_empty() && groups.iter().all(|group| group == site), "{groups:?}");
-        let limits = |files| bound(&format!("{group}/{site}"), files);
-        assert_eq!(limits(["memory.limit_in_bytes", "memory.max"]), (256 << 20).to_string());
-        assert_eq!(limits(["pids.max", "pids.max"]), pids_max);
-    };
-    expected(root_pid(&lab, At::A), "a", "50");
-    assert_moves(&lab, &client, "there", At::A);
-    expected(root_pid(&lab, At::B), "b", "60");
-    assert_eq!(bound(&format!("{group}/a"), ["pids.max", "pids.max"]), "", "the group at a is left");
-    assert_moves(&lab, &client, "back", At::B);
-    expected(root_pid(&lab, At::A), "a", "50");
-    client.finish().unwrap();
-    let answer = lab.http(At::A, "POST", &format!("/v1/workloads/{BACKEND}/stop"), "");
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert_eq!(bound(&format!("{group}/a"), ["pids.max", "pids.max"]), "", "the group at a is left");
 }

@@ -53,8 +53,8 @@ pub struct Readiness {
     hashes: Arc<Hashes>,
     /// This processor, once CRIU was found to work.
     processor: OnceCell<Processor>,
-    /// The last processor that this one was found to fit.
-    fits: tokio::sync::Mutex<Option<String>>,
+    /// The last processor that this one was found to be good enough for.
+    fits: tokio::sync::Mutex<Option<Processor>>,
 }
 
 impl Site {
@@ -76,8 +76,18 @@ impl Site {
             let failed = |source| ReadinessError::Criu { site: self.config.site.clone(), source };
             check::can_work(&self.criu).await.map_err(failed)?;
             let folder = Folder::create(&self.images, PROCESSOR_FOLDER)?;
-            let image = check::processor(&self.criu, folder.path()).await.map_err(failed)?;
-            Ok(Processor { instructions: cpu::instructions_here()?, criu_image: to_hex(&image) })
+            let criu_image = match check::processor(&self.criu, folder.path()).await {
+                Ok(image) => Some(to_hex(&image)),
+                Err(CheckError::Failed { said, .. }) => {
+                    tracing::info!(
+                        said,
+                        "CRIU does not describe this processor: its instruction sets are compared"
+                    );
+                    None
+                }
+                Err(error) => return Err(failed(error)),
+            };
+            Ok(Processor { instructions: cpu::instructions_here()?, criu_image })
         };
         self.readiness.processor.get_or_try_init(look).await
     }
@@ -142,23 +152,22 @@ impl Site {
     async fn lacks(&self, other: &Processor) -> Result<Option<Problem>, ReadinessError> {
         let here = self.processor().await?;
         let mut fits = self.readiness.fits.lock().await;
-        if fits.as_ref() == Some(&other.criu_image) {
+        if fits.as_ref() == Some(other) {
             return Ok(None);
         }
         let missing = cpu::missing(&other.instructions, &here.instructions);
-        let said = match from_hex(&other.criu_image) {
-            Some(image) => {
+        let said = match other.criu_image.as_deref().map(from_hex) {
+            Some(Some(image)) => {
                 let folder = Folder::create(&self.images, PROCESSOR_FOLDER)?;
-                check::processor_fits(&self.criu, folder.path(), &image)
-                    .await
-                    .err()
-                    .map(|error| chain(&error))
+                let fits = check::processor_fits(&self.criu, folder.path(), &image).await;
+                fits.err().map(|error| chain(&error))
             }
-            None => Some("the source sent no image of its processor".to_owned()),
+            Some(None) => Some("what the source says of its processor makes no sense".to_owned()),
+            None => (!missing.is_empty()).then(|| "they are not in its /proc/cpuinfo".to_owned()),
         };
         match said {
             None => {
-                *fits = Some(other.criu_image.clone());
+                *fits = Some(other.clone());
                 Ok(None)
             }
             Some(said) => Ok(Some(Problem::Processor { missing, said })),

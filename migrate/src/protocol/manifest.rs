@@ -66,10 +66,12 @@ pub struct NeededSocket {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Processor {
-    /// Instruction sets by the names of `/proc/cpuinfo`, for messages.
+    /// Instruction sets by the names of `/proc/cpuinfo`.
     pub instructions: Vec<String>,
-    /// What `criu cpuinfo dump` wrote, in hexadecimal digits: `criu cpuinfo check` decides.
-    pub criu_image: String,
+    /// What `criu cpuinfo dump` wrote, in hexadecimal digits: then `criu cpuinfo check` decides. CRIU knows x86, POWER
+    /// and s390 so, and not Arm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub criu_image: Option<String>,
 }
 
 /// The target's answer: the workload may come. When the question came and when this was said, by the target's
@@ -105,7 +107,7 @@ mod tests {
                 address: "10.1.0.1:6379".parse().unwrap(),
                 is_open: true,
             }],
-            processor: Processor { instructions: vec!["avx2".into()], criu_image: "00ff".into() },
+            processor: Processor { instructions: vec!["avx2".into()], criu_image: Some("00ff".into()) },
         };
         let json = r#"{"memory_bytes":4096,"files":[{"path":"/srv","kind":"folder"},{"path":"/dev/null","kind":"special"},{"path":"/bin/x","kind":{"regular":{"bytes":7,"blake3":"af"}}},{"path":"/log","kind":{"regular":{}}}],"sockets":[{"protocol":"tcp","address":"10.1.0.1:6379","is_open":true}],"processor":{"instructions":["avx2"],"criu_image":"00ff"}}"#;
         assert_eq!(serde_json::to_string(&manifest).unwrap(), json);

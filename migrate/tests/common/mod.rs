@@ -4,6 +4,8 @@
 //! that connections survive and what a freeze takes.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod outcome;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -22,6 +24,7 @@ use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub const DEADLINE: Duration = Duration::from_secs(5);
 pub const BACKEND: &str = "chat-1";
 
 static LABS: AtomicU32 = AtomicU32::new(0);
