@@ -56,9 +56,9 @@ pub enum FileKind {
 pub struct NeededSocket {
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// What it is bound to.
+    /// What it is bound to; port 0 where only the address counts.
     pub address: SocketAddr,
-    /// The port is the workload's alone: it listens, or takes datagrams. Otherwise only the address counts.
+    /// The port is the workload's alone: it listens, or takes datagrams.
     pub is_open: bool,
 }
 
