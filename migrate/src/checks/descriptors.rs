@@ -66,10 +66,8 @@ impl Descriptor<'_> {
             let Some(pidfd) = pidfd else { return Ok(()) };
             return self.look_at_socket(&sys::pidfd_getfd(pidfd.as_fd(), self.fd)?, inode, found);
         }
-        if let Some(kind) = self.link.strip_prefix("anon_inode:") {
-            if !ANONYMOUS.contains(&kind) {
-                self.cannot_be_dumped(format!("an open file of kind {kind:?}"), found);
-            }
+        if let Some(kind) = undumped_kind(&self.link) {
+            self.cannot_be_dumped(format!("an open file of kind {kind:?}"), found);
             return Ok(());
         }
         if let Some((kind, inode)) = self.link.split_once(":[")
@@ -152,6 +150,11 @@ pub fn kind_of(metadata: &Metadata, bytes: Option<u64>) -> FileKind {
     }
 }
 
+/// What kind of file without a path this is, if CRIU does not dump it.
+fn undumped_kind(link: &str) -> Option<&str> {
+    link.strip_prefix("anon_inode:").filter(|kind| !ANONYMOUS.contains(kind))
+}
+
 /// A device that CRIU does not dump, in words.
 fn undumped_device(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
@@ -200,6 +203,63 @@ mod tests {
     }
 
     #[test]
+    fn kinds_that_can_be_dumped_are_told_from_those_that_cannot() {
+        for fine in
+            ["anon_inode:[eventpoll]", "anon_inode:inotify", "anon_inode:bpf-map", "pipe:[7]", "/dev/null"]
+        {
+            assert_eq!(undumped_kind(fine), None, "{fine}");
+        }
+        assert_eq!(undumped_kind("anon_inode:[io_uring]"), Some("[io_uring]"));
+        assert_eq!(undumped_kind("anon_inode:bpf-prog"), Some("bpf-prog"));
+    }
+
+    #[test]
+    fn another_namespaces_file_is_named() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let namespace = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWIPC).unwrap();
+            fs::File::open("/proc/thread-self/ns/ipc").unwrap()
+        });
+        let (_other, _own) = (namespace.join().unwrap(), fs::File::open("/proc/self/ns/ipc").unwrap());
+        let text = said_of_me();
+        assert_eq!(text.matches("ipc namespace").count(), 1, "{text}");
+        assert!(text.contains("which is not its own (descriptor "), "{text}");
+    }
+
+    #[test]
+    fn a_file_of_another_mount_namespace_is_named() {
+        use nix::mount::{MsFlags, mount};
+        use nix::sched::CloneFlags;
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let file = std::thread::spawn(move || {
+            nix::sched::unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            fs::File::create(path.join("outside")).unwrap()
+        });
+        let _file = file.join().unwrap();
+        let text = said_of_me();
+        assert!(
+            text.contains("outside\" (descriptor ") && text.contains("from a mount that is not"),
+            "{text}"
+        );
+    }
+
+    fn said_of_me() -> String {
+        let me = Task { pid: std::process::id().cast_signed(), name: "me".into() };
+        let mut found = Found::default();
+        look(&me, &mut found);
+        found.problems.iter().map(|problem| format!("{problem}\n")).collect()
+    }
+
+    #[test]
     fn what_a_process_holds_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data");
@@ -242,10 +302,7 @@ mod tests {
         )
         .unwrap();
         fs::remove_file(&path).unwrap();
-        let me = Task { pid: std::process::id().cast_signed(), name: "me".into() };
-        let mut found = Found::default();
-        look(&me, &mut found);
-        let text: String = found.problems.iter().map(ToString::to_string).collect();
+        let text = said_of_me();
         assert!(text.contains("large\" (descriptor ") && text.contains("whose 65 MiB"), "{text}");
     }
 }

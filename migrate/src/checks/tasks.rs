@@ -257,6 +257,20 @@ mod tests {
     }
 
     #[test]
+    fn a_task_that_is_traced_is_named() {
+        use nix::sys::ptrace;
+        use nix::unistd::Pid;
+        let mut child = spawn(Command::new("sleep").arg("60"));
+        let pid = child.id().cast_signed();
+        ptrace::seize(Pid::from_raw(pid), ptrace::Options::empty()).unwrap();
+        let text = said(&look(pid, pid, &Hashes::default()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let named = format!("\"sleep\" (pid {pid}) is traced by pid ");
+        assert!(text.contains(&named), "{text}");
+    }
+
+    #[test]
     fn a_task_that_left_the_tree_is_named() {
         let (mut root, mut orphan) =
             (spawn(Command::new("sleep").arg("60")), spawn(Command::new("sleep").arg("60")));
