@@ -111,13 +111,24 @@ fn an_environment_and_a_control_group_come_along() {
         assert_eq!(limits(["pids.max", "pids.max"]), pids_max);
     };
     expected(root_pid(&lab, At::A), "a", "50");
+    let none_at = |site: &str| {
+        assert_eq!(
+            bound(&format!("{group}/{site}"), ["pids.max", "pids.max"]),
+            "",
+            "the group at {site} is left"
+        );
+    };
+    let taken = lab.inside("b", || std::net::TcpListener::bind("0.0.0.0:7000").unwrap());
+    assert_refused(&lab, &client, "refused", "is taken there");
+    none_at("b");
+    drop(taken);
     assert_moves(&lab, &client, "there", At::A);
     expected(root_pid(&lab, At::B), "b", "60");
-    assert_eq!(bound(&format!("{group}/a"), ["pids.max", "pids.max"]), "", "the group at a is left");
+    none_at("a");
     assert_moves(&lab, &client, "back", At::B);
     expected(root_pid(&lab, At::A), "a", "50");
     client.finish().unwrap();
     let answer = lab.http(At::A, "POST", &format!("/v1/workloads/{BACKEND}/stop"), "");
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    assert_eq!(bound(&format!("{group}/a"), ["pids.max", "pids.max"]), "", "the group at a is left");
+    none_at("a");
 }

@@ -235,10 +235,8 @@ impl Site {
         self.check_absent(name)?;
         self.check_address(workload)?;
         let started = self.start_absent(name, workload).await;
-        if started.is_err()
-            && let Some(cgroup) = &workload.cgroup
-        {
-            cgroup.remove().await;
+        if started.is_err() {
+            self.remove_cgroup(name).await;
         }
         started
     }
@@ -375,6 +373,11 @@ impl Site {
         if !holder.kill().await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
         }
+        self.remove_cgroup(name).await;
+    }
+
+    /// Removes the control group of a workload that is not here any more.
+    pub async fn remove_cgroup(&self, name: &str) {
         if let Ok(Workload { cgroup: Some(cgroup), .. }) = self.workload(name) {
             cgroup.remove().await;
         }

@@ -81,6 +81,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
             Ok(())
         }
         Err(error) => {
+            site.remove_cgroup(name).await;
             site.set(name, Place::Absent);
             let state = "not prepared".to_owned();
             session.show(View { state, workload: WorkloadState::Absent, idle: false, ended: true });
