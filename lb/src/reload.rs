@@ -119,6 +119,7 @@ fn fixed(old: &Config, new: &Config) -> Vec<&'static str> {
         ("datapath.hook", was.hook != is.hook),
         ("datapath.nat_source4", was.nat_source4 != is.nat_source4),
         ("datapath.nat_source6", was.nat_source6 != is.nat_source6),
+        ("migrations.journal", old.migrations != new.migrations),
         ("limits", was.limits != is.limits),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(what, _)| what).collect()

@@ -19,7 +19,7 @@ use crate::control::{Control, ControlError};
 use crate::datapath::xdp::XdpDatapath;
 use crate::datapath::{Datapath, DatapathError, Event};
 use crate::health::Health;
-use crate::migrations::{Agents, Migrations};
+use crate::migrations::{Agents, Journal, JournalError, Migrations};
 use crate::reload::Reloader;
 
 /// How long migrations under way may take to end (most of them by rolling back) when the daemon stops.
@@ -48,6 +48,9 @@ pub enum RunError {
     /// The tables.
     #[error("the services, backends and sites cannot be installed")]
     Install(#[source] ControlError),
+    /// What a former daemon wrote down of migrations.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The system.
     #[error("the thread of the health checks cannot be started")]
     Health(#[source] std::io::Error),
@@ -78,9 +81,14 @@ pub async fn run(file: &Path) -> Result<(), RunError> {
         async move { control.drive(reports, stop).await }
     });
     let sharer = tokio::spawn(control.clone().share(stop.clone()));
+    let journal = Journal::at(&config.migrations.journal);
+    if !config.agents.is_empty() {
+        journal.open()?;
+    }
     let config = Current::new(config);
-    let migrations = Arc::new(Migrations::new(control.clone(), config.clone(), Arc::new(Agents)));
-    migrations.recover();
+    let migrations = Migrations::new(control.clone(), config.clone(), Arc::new(Agents), journal);
+    let migrations = Arc::new(migrations);
+    migrations.recover()?;
     let health =
         Health::start(control.clone(), migrations.clone(), config.subscribe()).map_err(RunError::Health)?;
     let file = Some(file.to_owned());

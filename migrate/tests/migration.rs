@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use common::outcome::{assert_moves, assert_rolled_back, lab, scratch, show};
 use common::{At, BACKEND, Client, DEADLINE, Lab, Options, possible};
-use migrate::coordinator::{Outcome, Progress, Report};
-use tokio_util::sync::CancellationToken;
+use migrate::coordinator::{Left, Operator, Orders, Outcome, Progress, Report};
 
 #[test]
 fn there_and_back() {
@@ -187,17 +186,17 @@ fn an_abort_before_the_flip_rolls_back() {
     let Some(lab) = lab(Options::default()) else { return };
     let client = Client::start(&lab);
     for phase in ["prepare", "drain"] {
-        let abort = CancellationToken::new();
-        let (canceller, phase_name) = (abort.clone(), phase);
+        let (operator, orders) = Operator::new();
+        let phase_name = phase;
         let spec = lab.spec(&format!("abort-{phase}"), At::A, DEADLINE);
         let report = lab.coordinate(
             move |progress| {
                 if matches!(progress, Progress::Phase { name, .. } if *name == phase_name) {
-                    canceller.cancel();
+                    operator.abort();
                 }
             },
             |lab, progress| async move {
-                migrate::coordinator::run(spec, common::Gate::at(&lab), abort, progress).await
+                migrate::coordinator::run(spec, common::Gate::at(&lab), orders, progress).await
             },
         );
         // The test may be too late for a drain of a millisecond; then it is a migration like any other.
@@ -236,11 +235,13 @@ fn crash_and_recover(lab: &Arc<Lab>, id: &str, from: At, after_flip: bool) -> Re
         move |_, progress| async move {
             let cutover = Arc::new(common::Crashing { gate: gate.clone(), after_flip });
             let (spec_then, ignored) = (spec.clone(), tokio::sync::mpsc::unbounded_channel().0);
-            let run = migrate::coordinator::run(spec_then, cutover, CancellationToken::new(), ignored);
+            let run = migrate::coordinator::run(spec_then, cutover, Orders::none(), ignored);
             assert!(tokio::spawn(run).await.is_err(), "the coordinator did not get to its flip");
-            let active = if after_flip { spec.target.site.clone() } else { spec.source.site.clone() };
-            let generation = gate.generation();
-            migrate::coordinator::recover(spec, &active, generation, gate, progress).await
+            let left = match after_flip {
+                true => Left::After { confirmed: false },
+                false => Left::Before { generation: gate.generation() },
+            };
+            migrate::coordinator::recover(spec, left, gate, Orders::none(), progress).await
         },
     )
 }
@@ -271,16 +272,15 @@ fn a_coordinator_that_comes_back_late_finds_both_copies_waiting() {
         |_| (),
         move |lab, progress| async move {
             let cutover = Arc::new(common::Crashing { gate: gate.clone(), after_flip: false });
-            let run =
-                migrate::coordinator::run(spec.clone(), cutover, CancellationToken::new(), progress.clone());
+            let run = migrate::coordinator::run(spec.clone(), cutover, Orders::none(), progress.clone());
             assert!(tokio::spawn(run).await.is_err());
             // Past the hold's deadline and every margin: neither may run unless the coordinator says which.
             tokio::time::sleep(Duration::from_secs(5)).await;
             let state = |at| lab.get(at, "/v1/workloads");
             assert!(state(At::A).contains("frozen"), "{}", state(At::A));
             assert!(state(At::B).contains("restored"), "{}", state(At::B));
-            let generation = gate.generation();
-            migrate::coordinator::recover(spec, "a", generation, gate, progress).await
+            let left = Left::Before { generation: gate.generation() };
+            migrate::coordinator::recover(spec, left, gate, Orders::none(), progress).await
         },
     );
     assert_rolled_back(&lab, &report, "restarted");

@@ -1,4 +1,4 @@
-//! Migrations over HTTP: start, look at, follow, abort.
+//! Migrations over HTTP: start, look at, follow, abort, resolve.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt as _};
 use http::{StatusCode, header};
+use migrate::coordinator::Verdict;
 use serde::{Deserialize, Serialize};
 
 use super::Admin;
@@ -64,6 +65,22 @@ pub(super) async fn abort(State(admin): State<Arc<Admin>>, Name(id): Name) -> Re
     Ok((StatusCode::ACCEPTED, axum::Json(migration.view())).into_response())
 }
 
+/// `POST /v1/migrations/{id}/resolve`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ResolveBody {
+    r#as: Verdict,
+}
+
+pub(super) async fn resolve(
+    State(admin): State<Arc<Admin>>,
+    Name(id): Name,
+    Json(body): Json<ResolveBody>,
+) -> Result<Response, Problem> {
+    let migration = admin.migrations.resolve(&id, body.r#as).await?;
+    Ok((StatusCode::ACCEPTED, axum::Json(migration.view())).into_response())
+}
+
 pub(super) async fn events(
     State(admin): State<Arc<Admin>>,
     Name(id): Name,
@@ -78,6 +95,7 @@ pub(super) async fn events(
 fn event(told: &Told) -> Event {
     let (name, json) = match told {
         Told::Phase(phase) => ("phase", serde_json::to_string(phase)),
+        Told::Doubt(doubt) => ("doubt", serde_json::to_string(doubt)),
         Told::Finished(view) => ("finished", serde_json::to_string(view)),
     };
     Event::default().event(name).data(json.expect("views have only string keys and finite numbers"))

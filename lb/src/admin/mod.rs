@@ -78,6 +78,7 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/v1/migrations", get(migrations::all).post(migrations::start))
         .route("/v1/migrations/{id}", get(migrations::one).delete(migrations::abort))
         .route("/v1/migrations/{id}/events", get(migrations::events))
+        .route("/v1/migrations/{id}/resolve", post(migrations::resolve))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(axum::middleware::from_fn_with_state(hosts, guard::guard))

@@ -4,6 +4,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
+use crate::cli::chain;
 use crate::control::{ControlError, Refusal};
 use crate::datapath::DatapathError;
 use crate::migrations::MigrationError;
@@ -83,9 +84,11 @@ impl From<MigrationError> for Problem {
             MigrationError::UnderWay { .. } => (StatusCode::CONFLICT, "migration-under-way"),
             MigrationError::NotForward { .. } => (StatusCode::CONFLICT, "not-forward"),
             MigrationError::NotAbortable { .. } => (StatusCode::CONFLICT, "not-abortable"),
+            MigrationError::NotResolvable { .. } => (StatusCode::CONFLICT, "not-resolvable"),
+            MigrationError::Journal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "no-journal"),
             MigrationError::UnknownMigration(_) => (StatusCode::NOT_FOUND, "unknown-migration"),
             MigrationError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         };
-        Self::new(status, kind, error.to_string())
+        Self::new(status, kind, chain(&error))
     }
 }

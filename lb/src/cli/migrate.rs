@@ -8,6 +8,7 @@ use http::Method;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
+use super::migrations::what_to_do;
 use super::text::{bytes, chain};
 use super::{MigrateArgs, NOT_DONE, failed};
 use crate::client::{AdminClient, ClientError};
@@ -51,12 +52,12 @@ pub(super) async fn command(args: MigrateArgs) -> ExitCode {
             Ok(view) => exit_code(view.state),
             Err(error) => {
                 screen.line(&format!("outcome unknown: {}", chain(&error)));
-                screen.line("see `lb status` once the load balancer is back");
+                screen.line("see `lb migrations` once the load balancer is back");
                 ExitCode::from(IN_DOUBT)
             }
         },
         _ = interrupted => {
-            screen.line(&format!("the migration goes on; to abort it: curl -X DELETE {}/v1/migrations/{id}", client.url()));
+            screen.line(&format!("the migration goes on; to abort it: lb migration {id} abort --admin {}", client.url()));
             ExitCode::from(IN_DOUBT)
         }
     }
@@ -115,6 +116,10 @@ async fn follow(
                     screen.phase(&phase);
                 }
             }
+            "doubt" => {
+                let view: MigrationView = client.json(Method::GET, &path(id), None::<&()>).await?;
+                return Ok(Some(view));
+            }
             "finished" => return Ok(serde_json::from_str(&event.data).ok()),
             _ => {}
         }
@@ -128,6 +133,7 @@ async fn wait_for_return(client: &AdminClient, id: &str) -> Result<MigrationView
     loop {
         tokio::time::sleep(LOST_PAUSE).await;
         match client.json::<MigrationView>(Method::GET, &path(id), None::<&()>).await {
+            // Also one in doubt that goes on: an operator is wanted.
             Ok(view) if view.state != MigrationState::Running => return Ok(view),
             Err(error) if Instant::now() >= give_up => return Err(error),
             Ok(view) if Instant::now() >= give_up => return Ok(view),
@@ -190,7 +196,10 @@ impl Screen {
     fn end(&mut self, view: &MigrationView) {
         let text = match &view.report {
             Some(report) => summary(view, report),
-            None => "still under way; see `lb status`".to_owned(),
+            None => match &view.doubt {
+                Some(doubt) => format!("IN DOUBT: {doubt}\n{}", what_to_do(view)),
+                None => "still under way; see `lb migrations`".to_owned(),
+            },
         };
         for line in text.lines() {
             self.line(line);

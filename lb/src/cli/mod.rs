@@ -1,5 +1,5 @@
 //! The command line: `lb run`, `lb status`, `lb flows`, `lb top`, `lb capture`, `lb reload`, `lb drain`,
-//! `lb migrate`.
+//! `lb migrate`, `lb migrations`, `lb migration`.
 //!
 //! What lives here: arguments, what is shown, exit codes. The daemon is `run`, the requests are `client`.
 
@@ -7,6 +7,7 @@ mod capture;
 mod drain;
 mod flows;
 mod migrate;
+mod migrations;
 mod reload;
 mod status;
 mod text;
@@ -66,6 +67,10 @@ enum Command {
     /// Exit code: 0 the backend runs at the new site, 1 it was rolled back and runs where it was, 2 nothing was
     /// started (wrong arguments, refused, or the load balancer cannot be reached), 3 the outcome is in doubt.
     Migrate(MigrateArgs),
+    /// Show the migrations that are under way and those that have ended.
+    Migrations(migrations::MigrationsArgs),
+    /// Show one migration, call it off, or say how one in doubt ends.
+    Migration(migrations::MigrationArgs),
 }
 
 #[derive(Debug, Args)]
@@ -182,6 +187,8 @@ pub fn main(cli: Cli) -> ExitCode {
             Command::Top(args) => done(top::show(&args).await),
             Command::Capture(args) => capture::command(args).await,
             Command::Migrate(args) => migrate::command(args).await,
+            Command::Migrations(args) => done(migrations::list(&args).await),
+            Command::Migration(args) => done(migrations::one(&args).await),
         }
     });
     // Threads that wait for something must not keep the process.

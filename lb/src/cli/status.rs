@@ -10,7 +10,6 @@ use crate::admin::StatusView;
 use crate::client::AdminClient;
 use crate::control::BackendView;
 use crate::health::{CheckState, CheckView};
-use crate::migrations::{MigrationState, MigrationView};
 
 /// How many of the last migrations are shown.
 const MIGRATIONS: usize = 10;
@@ -50,7 +49,8 @@ pub(super) fn render(status: &StatusView) -> String {
     text += &table(&headings, &rows);
     let skipped = status.migrations.len().saturating_sub(MIGRATIONS);
     if !status.migrations.is_empty() {
-        let rows: Vec<Vec<String>> = status.migrations[skipped..].iter().map(migration).collect();
+        let rows: Vec<Vec<String>> =
+            status.migrations[skipped..].iter().map(super::migrations::cells).collect();
         let headings = ["MIGRATION", "BACKEND", "FROM", "TO", "STATE", "FROZEN", "HELD", "REASON"];
         text += "\n";
         text += &table(&headings, &rows);
@@ -102,27 +102,4 @@ fn badness(check: &CheckView) -> u8 {
         CheckState::Untried => 1,
         CheckState::Down => 2,
     }
-}
-
-fn migration(migration: &MigrationView) -> Vec<String> {
-    let state = match migration.state {
-        MigrationState::Running => {
-            let phase = migration.phases.last().map_or("", |phase| phase.name.as_str());
-            format!("running: {phase}")
-        }
-        MigrationState::Committed => "committed".to_owned(),
-        MigrationState::RolledBack => "rolled back".to_owned(),
-        MigrationState::InDoubt => "IN DOUBT".to_owned(),
-    };
-    let report = migration.report.as_ref();
-    vec![
-        migration.id.clone(),
-        migration.backend.clone(),
-        migration.from.clone(),
-        migration.to.clone(),
-        state,
-        report.map_or_else(|| "-".to_owned(), |report| format!("{:.1} ms", report.freeze_ms)),
-        report.map_or_else(|| "-".to_owned(), |report| report.held_packets.to_string()),
-        report.and_then(|report| report.reason.clone()).unwrap_or_default(),
-    ]
 }

@@ -39,6 +39,8 @@ pub struct Config {
     pub datapath: Datapath,
     /// What a hold is when its request does not say.
     pub hold: Hold,
+    /// How migrations are kept track of.
+    pub migrations: Migrations,
     /// After how long without a packet flows are forgotten.
     pub flows: FlowTimes,
     /// Sites, backends and services.
@@ -76,6 +78,13 @@ pub struct Datapath {
     pub nat_source4: Option<Prefix<std::net::Ipv4Addr>>,
     /// Source addresses of the load balancer towards IPv6 backends.
     pub nat_source6: Option<Prefix<std::net::Ipv6Addr>>,
+}
+
+/// How migrations are kept track of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migrations {
+    /// File of their journal.
+    pub journal: PathBuf,
 }
 
 /// At which hook of the kernel packets are taken.

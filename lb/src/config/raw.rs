@@ -15,6 +15,7 @@ pub(super) struct Raw {
     pub(super) admin: Admin,
     pub(super) datapath: Datapath,
     pub(super) hold: Hold,
+    pub(super) migrations: Migrations,
     pub(super) flows: Flows,
     pub(super) limits: Limits,
     pub(super) tls: Option<Tls>,
@@ -44,6 +45,11 @@ pub(super) struct Hold {
     pub(super) max_age_ms: Number,
     pub(super) deadline_ms: Number,
     pub(super) overflow: Text,
+}
+
+#[derive(Default)]
+pub(super) struct Migrations {
+    pub(super) journal: Text,
 }
 
 #[derive(Default)]
@@ -149,6 +155,7 @@ pub(super) fn read(text: &str, errors: &mut Collector) -> Option<Raw> {
             }
         },
         hold: top.table("hold", errors).map(|t| hold(t, errors)).unwrap_or_default(),
+        migrations: top.table("migrations", errors).map(|t| migrations(t, errors)).unwrap_or_default(),
         flows: top.table("flows", errors).map(|t| flows(t, errors)).unwrap_or_default(),
         limits: top.table("limits", errors).map(|t| limits(t, errors)).unwrap_or_default(),
         tls: top.table("tls", errors).map(|t| tls(t, errors)),
@@ -199,6 +206,12 @@ fn hold(mut table: Reader<'_>, errors: &mut Collector) -> Hold {
     };
     table.finish(errors);
     hold
+}
+
+fn migrations(mut table: Reader<'_>, errors: &mut Collector) -> Migrations {
+    let migrations = Migrations { journal: table.optional("journal", errors) };
+    table.finish(errors);
+    migrations
 }
 
 fn flows(mut table: Reader<'_>, errors: &mut Collector) -> Flows {

@@ -7,10 +7,9 @@ use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use http::Method;
 use migrate::client::{AgentClient, ClientError, chain};
-use migrate::coordinator::{self, AgentAt, Cutover, Progress, Report, Spec};
-use migrate::protocol::{MigrationStatus, Role, WorkloadState, WorkloadStatus};
+use migrate::coordinator::{self, AgentAt, Cutover, Left, Orders, Progress, Report, Spec};
+use migrate::protocol::{MigrationStatus, Role, WorkloadStatus};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio_util::sync::CancellationToken;
 
 /// How long an agent may take to say what it knows.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -24,15 +23,6 @@ pub struct Leftover {
     pub role: Role,
 }
 
-/// What an agent says of a backend.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
-    /// The migration that it takes part in.
-    pub leftover: Option<Leftover>,
-    /// Whether the backend is at the agent's site: it runs, or is frozen and would run again.
-    pub is_there: bool,
-}
-
 /// Runs migrations and finds out what is left of old ones.
 pub trait Coordinator: Send + Sync + 'static {
     /// Runs a migration to its end; see [`coordinator::run`].
@@ -40,7 +30,7 @@ pub trait Coordinator: Send + Sync + 'static {
         &self,
         spec: Spec,
         cutover: Arc<dyn Cutover>,
-        abort: CancellationToken,
+        orders: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report>;
 
@@ -48,14 +38,15 @@ pub trait Coordinator: Send + Sync + 'static {
     fn recover(
         &self,
         spec: Spec,
-        active_site: String,
-        generation: u32,
+        left: Left,
         cutover: Arc<dyn Cutover>,
+        orders: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report>;
 
-    /// Asks an agent what it knows of a backend. The error is for the log.
-    fn survey(&self, agent: AgentAt, backend: String) -> BoxFuture<'static, Result<Seen, String>>;
+    /// Asks an agent which migration of a backend it takes part in. The error is for the log.
+    fn survey(&self, agent: AgentAt, backend: String)
+    -> BoxFuture<'static, Result<Option<Leftover>, String>>;
 }
 
 /// The coordinator of the `migrate` crate, which talks to the sites' agents.
@@ -67,39 +58,39 @@ impl Coordinator for Agents {
         &self,
         spec: Spec,
         cutover: Arc<dyn Cutover>,
-        abort: CancellationToken,
+        orders: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report> {
-        coordinator::run(spec, cutover, abort, progress).boxed()
+        coordinator::run(spec, cutover, orders, progress).boxed()
     }
 
     fn recover(
         &self,
         spec: Spec,
-        active_site: String,
-        generation: u32,
+        left: Left,
         cutover: Arc<dyn Cutover>,
+        orders: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report> {
-        async move { coordinator::recover(spec, &active_site, generation, cutover, progress).await }.boxed()
+        coordinator::recover(spec, left, cutover, orders, progress).boxed()
     }
 
-    fn survey(&self, agent: AgentAt, backend: String) -> BoxFuture<'static, Result<Seen, String>> {
+    fn survey(
+        &self,
+        agent: AgentAt,
+        backend: String,
+    ) -> BoxFuture<'static, Result<Option<Leftover>, String>> {
         async move { survey(&agent, &backend).await.map_err(|error| chain(&error)) }.boxed()
     }
 }
 
-async fn survey(agent: &AgentAt, backend: &str) -> Result<Seen, ClientError> {
+async fn survey(agent: &AgentAt, backend: &str) -> Result<Option<Leftover>, ClientError> {
     let client = AgentClient::new(agent)?;
     let workloads: Vec<WorkloadStatus> =
         client.json(Method::GET, "/v1/workloads", None::<&()>, ANSWER).await?;
-    let Some(workload) = workloads.into_iter().find(|workload| workload.name == backend) else {
-        return Ok(Seen::default());
-    };
-    let is_there = matches!(workload.state, WorkloadState::Running | WorkloadState::Frozen);
-    let Some(id) = workload.migration else { return Ok(Seen { leftover: None, is_there }) };
+    let workload = workloads.into_iter().find(|workload| workload.name == backend);
+    let Some(id) = workload.and_then(|workload| workload.migration) else { return Ok(None) };
     let path = format!("/v1/migrations/{id}");
     let status: MigrationStatus = client.json(Method::GET, &path, None::<&()>, ANSWER).await?;
-    let leftover = (!status.ended).then_some(Leftover { id, role: status.role });
-    Ok(Seen { leftover, is_there })
+    Ok((!status.ended).then_some(Leftover { id, role: status.role }))
 }

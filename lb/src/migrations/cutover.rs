@@ -1,12 +1,18 @@
 //! One migration's hand on its backend's gate: [`Cutover`] over [`Control`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use migrate::coordinator::{self, Cutover, CutoverError, HoldRequest};
+use migrate::coordinator::{self, Cutover, CutoverError, Decision, HoldRequest, Operator, Orders, Verdict};
 use tokio::runtime::RuntimeFlavor;
-use tokio_util::sync::CancellationToken;
 
-use crate::control::{Control, ControlError, Policy, Refusal};
+use super::journal::Journal;
+use crate::cli::chain;
+use crate::control::{Control, ControlError, Policy, Refusal, State};
+
+/// How long a gate that is to be held once more may take to send what it held before.
+const REPLAY_MOST: Duration = Duration::from_secs(2);
+const REPLAY_PAUSE: Duration = Duration::from_millis(1);
 
 /// Whether the migration can still be called off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,23 +37,31 @@ pub(super) struct MigrationCutover {
     control: Arc<Control>,
     /// A migration of a former daemon: its gate may be open already.
     recovering: bool,
+    id: String,
+    journal: Arc<Journal>,
     done: Mutex<Done>,
-    abort: CancellationToken,
+    operator: Operator,
 }
 
 impl MigrationCutover {
-    pub(super) fn new(control: Arc<Control>, recovering: bool) -> Self {
+    pub(super) fn new(
+        control: Arc<Control>,
+        journal: Arc<Journal>,
+        id: String,
+        recovering: bool,
+    ) -> (Arc<Self>, Orders) {
         let done = Mutex::new(Done { fate: Fate::Open, held: recovering, opened: None });
-        Self { control, recovering, done, abort: CancellationToken::new() }
+        let (operator, orders) = Operator::new();
+        (Arc::new(Self { control, recovering, id, journal, done, operator }), orders)
     }
 
     fn done(&self) -> MutexGuard<'_, Done> {
         self.done.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cancelled by [`Self::abort`].
-    pub(super) fn token(&self) -> CancellationToken {
-        self.abort.clone()
+    /// Says how the migration ends, if it is in doubt; else why that cannot be.
+    pub(super) async fn resolve(&self, verdict: Verdict) -> Result<(), String> {
+        self.operator.resolve(verdict).await
     }
 
     /// Calls the migration off. False after the flip: there is no way back then. After true it never flips.
@@ -57,7 +71,7 @@ impl MigrationCutover {
             return false;
         }
         done.fate = Fate::Aborted;
-        self.abort.cancel();
+        self.operator.abort();
         true
     }
 
@@ -82,20 +96,20 @@ impl Cutover for MigrationCutover {
             coordinator::Policy::Hold => Policy::Hold,
             coordinator::Policy::Drop => Policy::Drop,
         };
+        // On the way back: the flip's replay ends by itself, and what is held already may be.
+        if self.recovering || self.done().fate == Fate::Flipped {
+            blocking(|| self.wait_for_replay(backend));
+            if self.recovering && self.is_held(backend) {
+                return self.control.generation(backend).map_err(refused);
+            }
+        }
         let generation = self.control.hold(backend, policy, Some(hold.deadline)).map_err(refused)?;
         self.done().held = true;
         Ok(generation)
     }
 
     fn stage(&self, backend: &str, to_site: &str) -> Result<(), CutoverError> {
-        let stage = || self.control.stage(backend, to_site).map_err(refused);
-        // It may wait for the network; other migrations must not wait with it.
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => {
-                tokio::task::block_in_place(stage)
-            }
-            _ => stage(),
-        }
+        blocking(|| self.control.stage(backend, to_site).map_err(refused))
     }
 
     fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, CutoverError> {
@@ -122,11 +136,36 @@ impl Cutover for MigrationCutover {
         self.done().opened = Some(generation);
         Ok(generation)
     }
+
+    fn record(&self, decision: Decision) -> Result<(), CutoverError> {
+        let written = blocking(|| self.journal.reach(&self.id, decision.into()));
+        written.map_err(|error| CutoverError(chain(&error)))
+    }
 }
 
 impl MigrationCutover {
     fn is_open(&self, backend: &str) -> bool {
-        use crate::control::State;
         matches!(self.control.state(backend), Ok(State::Forward | State::Replaying))
+    }
+
+    fn is_held(&self, backend: &str) -> bool {
+        matches!(self.control.state(backend), Ok(State::Holding { .. } | State::Expired { .. }))
+    }
+
+    fn wait_for_replay(&self, backend: &str) {
+        let until = Instant::now() + REPLAY_MOST;
+        while matches!(self.control.state(backend), Ok(State::Replaying)) && Instant::now() < until {
+            std::thread::sleep(REPLAY_PAUSE);
+        }
+    }
+}
+
+/// Does something that waits for a disk or the network, and lets other migrations go on meanwhile.
+pub(super) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => {
+            tokio::task::block_in_place(work)
+        }
+        _ => work(),
     }
 }

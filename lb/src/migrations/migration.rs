@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::cutover::MigrationCutover;
+use super::journal::{Entry, Step};
 
 /// Where a migration stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +20,7 @@ pub enum MigrationState {
     Committed,
     /// The backend runs where it was.
     RolledBack,
-    /// Somebody has to look.
+    /// An operator is wanted. It may still be under way, and end by itself.
     InDoubt,
 }
 
@@ -123,8 +124,12 @@ pub struct MigrationView {
     pub from: String,
     /// To this one.
     pub to: String,
+    /// When it began, microseconds since the Unix epoch.
+    pub started_at_unix_us: u64,
     /// Where it stands.
     pub state: MigrationState,
+    /// While it is in doubt and goes on asking: why.
+    pub doubt: Option<String>,
     /// Its phases so far.
     pub phases: Vec<PhaseView>,
     /// What it came to; `null` while it runs.
@@ -136,15 +141,29 @@ pub struct MigrationView {
 pub enum Told {
     /// A phase began or ended.
     Phase(PhaseView),
+    /// It is in doubt, for this reason; it goes on.
+    Doubt(String),
     /// It is over.
     Finished(Box<MigrationView>),
 }
 
 #[derive(Default)]
 struct Log {
-    /// Begins and ends of phases, as they came.
-    phases: Vec<PhaseView>,
+    /// Begins and ends of phases, and doubts, as they came.
+    told: Vec<Told>,
+    /// The doubt that it is in.
+    doubt: Option<String>,
     report: Option<ReportView>,
+}
+
+impl Log {
+    fn state(&self) -> MigrationState {
+        match (&self.report, &self.doubt) {
+            (Some(report), _) => report.outcome.into(),
+            (None, Some(_)) => MigrationState::InDoubt,
+            (None, None) => MigrationState::Running,
+        }
+    }
 }
 
 /// One migration.
@@ -157,21 +176,47 @@ pub struct Migration {
     pub from: String,
     /// To this one.
     pub to: String,
-    pub(super) cutover: Arc<MigrationCutover>,
+    /// When it began, microseconds since the Unix epoch.
+    pub started_at_unix_us: u64,
+    /// Its hand on the gate; none where a former daemon ended it.
+    pub(super) cutover: Option<Arc<MigrationCutover>>,
     log: Mutex<Log>,
     changed: watch::Sender<()>,
 }
 
 impl Migration {
-    pub(super) fn new(
-        id: String,
-        backend: String,
-        from: String,
-        to: String,
-        cutover: MigrationCutover,
-    ) -> Self {
-        let (cutover, log, changed) = (Arc::new(cutover), Mutex::default(), watch::Sender::new(()));
-        Self { id, backend, from, to, cutover, log, changed }
+    /// One that begins, or goes on.
+    pub(super) fn new(entry: Entry, cutover: Arc<MigrationCutover>) -> Self {
+        Self { cutover: Some(cutover), ..Self::remembered(entry) }
+    }
+
+    /// One that a former daemon wrote down.
+    pub(super) fn remembered(entry: Entry) -> Self {
+        let Entry { id, backend, from, to, started_at_unix_us, step: _, report } = entry;
+        let log = Mutex::new(Log { report, ..Log::default() });
+        Self {
+            id,
+            backend,
+            from,
+            to,
+            started_at_unix_us,
+            cutover: None,
+            log,
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    /// What the journal says of it, at its end.
+    pub(super) fn ended(&self, report: &ReportView) -> Entry {
+        Entry {
+            id: self.id.clone(),
+            backend: self.backend.clone(),
+            from: self.from.clone(),
+            to: self.to.clone(),
+            started_at_unix_us: self.started_at_unix_us,
+            step: Step::Ended,
+            report: Some(report.clone()),
+        }
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -179,25 +224,37 @@ impl Migration {
     }
 
     pub(super) fn phase(&self, phase: PhaseView) {
-        self.log().phases.push(phase);
+        self.log().told.push(Told::Phase(phase));
+        self.changed.send_replace(());
+    }
+
+    pub(super) fn doubt(&self, doubt: Option<String>) {
+        let mut log = self.log();
+        log.told.extend(doubt.clone().map(Told::Doubt));
+        log.doubt = doubt;
+        drop(log);
         self.changed.send_replace(());
     }
 
     pub(super) fn finish(&self, report: ReportView) {
-        self.log().report = Some(report);
+        let mut log = self.log();
+        log.report = Some(report);
+        log.doubt = None;
+        drop(log);
         self.changed.send_replace(());
     }
 
-    /// Where it stands.
-    pub fn state(&self) -> MigrationState {
-        self.log().report.as_ref().map_or(MigrationState::Running, |report| report.outcome.into())
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        self.log().report.is_some()
     }
 
     /// The migration as it is now.
     pub fn view(&self) -> MigrationView {
         let log = self.log();
         let mut phases: Vec<PhaseView> = Vec::new();
-        for phase in &log.phases {
+        for told in &log.told {
+            let Told::Phase(phase) = told else { continue };
             match phases.last_mut() {
                 Some(last) if last.end_ms.is_none() && last.name == phase.name => *last = phase.clone(),
                 _ => phases.push(phase.clone()),
@@ -208,7 +265,9 @@ impl Migration {
             backend: self.backend.clone(),
             from: self.from.clone(),
             to: self.to.clone(),
-            state: log.report.as_ref().map_or(MigrationState::Running, |report| report.outcome.into()),
+            started_at_unix_us: self.started_at_unix_us,
+            state: log.state(),
+            doubt: log.doubt.clone(),
             phases: log.report.as_ref().map_or(phases, |report| report.phases.clone()),
             report: log.report.clone(),
         }
@@ -223,10 +282,10 @@ impl Migration {
                 changes.borrow_and_update();
                 let (next, finished) = {
                     let log = migration.log();
-                    (log.phases.get(told).cloned(), log.report.is_some())
+                    (log.told.get(told).cloned(), log.report.is_some())
                 };
-                if let Some(phase) = next {
-                    return Some((Told::Phase(phase), Some((migration, changes, told + 1))));
+                if let Some(next) = next {
+                    return Some((next, Some((migration, changes, told + 1))));
                 }
                 if finished {
                     return Some((Told::Finished(Box::new(migration.view())), None));

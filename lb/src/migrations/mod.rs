@@ -1,12 +1,13 @@
 //! The migrations of this load balancer: at most one per backend at a time, and the finished ones that are
 //! still remembered.
 //!
-//! The `migrate` crate runs a migration; here it is started, watched, aborted and reported, and after a
-//! restart of the daemon what a former one left behind is brought to an end (`recovery`). Not here: what a
+//! The `migrate` crate runs a migration; here it is started, written down (`journal`), watched, aborted and reported,
+//! and after a restart of the daemon what a former one left behind is brought to an end (`recovery`). Not here: what a
 //! migration does to the gate (`control`), and HTTP (`admin`).
 
 mod coordinator;
 mod cutover;
+mod journal;
 mod migration;
 mod recovery;
 
@@ -14,17 +15,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use migrate::coordinator::{DEFAULT_DRAIN, HoldRequest, Outcome, Progress, Report, Spec};
+use migrate::coordinator::{DEFAULT_DRAIN, HoldRequest, Orders, Outcome, Progress, Report, Spec, Verdict};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
-pub use coordinator::{Agents, Coordinator, Leftover, Seen};
+pub use coordinator::{Agents, Coordinator, Leftover};
+pub use journal::{Journal, JournalError};
 pub use migration::{Migration, MigrationState, MigrationView, PhaseView, ReportView, Told};
 
+use crate::cli::chain;
 use crate::config::Current;
 use crate::control::{Control, ControlError, Policy, State};
 use crate::datapath::Protocol;
-use cutover::MigrationCutover;
+use cutover::{MigrationCutover, blocking};
+use journal::{Entry, Step};
 use migration::Counts;
 
 /// How many finished migrations are remembered.
@@ -93,6 +97,17 @@ pub enum MigrationError {
         /// The state's name.
         state: &'static str,
     },
+    /// An operator's word that is not taken.
+    #[error("migration {id} cannot be resolved like that: {reason}")]
+    NotResolvable {
+        /// The migration.
+        id: String,
+        /// Why not.
+        reason: String,
+    },
+    /// It could not be written down.
+    #[error("nothing is begun that cannot be written down")]
+    Journal(#[from] JournalError),
     /// The daemon is about to end.
     #[error("the load balancer is stopping and starts no more migrations")]
     Stopping,
@@ -136,14 +151,21 @@ pub struct Migrations {
     control: Arc<Control>,
     config: Current,
     coordinator: Arc<dyn Coordinator>,
+    journal: Arc<Journal>,
     inner: Mutex<Inner>,
     tasks: TaskTracker,
 }
 
 impl Migrations {
     /// None yet.
-    pub fn new(control: Arc<Control>, config: Current, coordinator: Arc<dyn Coordinator>) -> Self {
-        Self { control, config, coordinator, inner: Mutex::default(), tasks: TaskTracker::new() }
+    pub fn new(
+        control: Arc<Control>,
+        config: Current,
+        coordinator: Arc<dyn Coordinator>,
+        journal: Journal,
+    ) -> Self {
+        let journal = Arc::new(journal);
+        Self { control, config, coordinator, journal, inner: Mutex::default(), tasks: TaskTracker::new() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -178,13 +200,32 @@ impl Migrations {
             },
         };
         let spec = self.spec(inner.new_id(), backend, &from, &wish.to, hold)?;
-        let cutover = MigrationCutover::new(self.control.clone(), false);
-        let (migration, progress, tell) = inner.register(&spec, cutover);
+        let entry = Entry {
+            id: spec.id.clone(),
+            backend: backend.clone(),
+            from,
+            to: wish.to.clone(),
+            started_at_unix_us: now_unix_us(),
+            step: Step::Begun,
+            report: None,
+        };
+        blocking(|| self.journal.begin(&entry))?;
+        let Registered { migration, cutover, orders } = self.register(&mut inner, entry, false);
         drop(inner);
-        let run = self.coordinator.run(spec, migration.cutover.clone(), migration.cutover.token(), tell);
-        tracing::info!(id = %migration.id, %backend, %from, to = %wish.to, "migration started");
+        tracing::info!(id = %migration.id, %backend, from = %migration.from, to = %wish.to, "migration started");
+        let (tell, progress) = unbounded_channel();
+        let run = self.coordinator.run(spec, cutover, orders, tell);
         self.watch(migration.clone(), run, progress);
         Ok(migration)
+    }
+
+    fn register(&self, inner: &mut Inner, entry: Entry, recovering: bool) -> Registered {
+        let (control, journal) = (self.control.clone(), self.journal.clone());
+        let (cutover, orders) = MigrationCutover::new(control, journal, entry.id.clone(), recovering);
+        let migration = Arc::new(Migration::new(entry, cutover.clone()));
+        inner.active.insert(migration.backend.clone(), migration.id.clone());
+        inner.all.insert(migration.id.clone(), migration.clone());
+        Registered { migration, cutover, orders }
     }
 
     fn spec(
@@ -232,6 +273,7 @@ impl Migrations {
                         Some(Progress::Phase { name, start_ms, end_ms }) => {
                             migration.phase(PhaseView { name: name.to_owned(), start_ms, end_ms });
                         }
+                        Some(Progress::Doubt(doubt)) => migration.doubt(doubt),
                         Some(Progress::Finished(_)) => {}
                         None => open = false,
                     },
@@ -245,10 +287,11 @@ impl Migrations {
 
     async fn finish(&self, migration: &Migration, report: Report) {
         let mut counts = Counts::default();
-        if migration.cutover.held() {
+        let cutover = migration.cutover.as_ref();
+        if cutover.is_some_and(|cutover| cutover.held()) {
             counts.stats = self.control.hold_stats(&migration.backend).unwrap_or_default();
         }
-        if let Some(generation) = migration.cutover.opened() {
+        if let Some(generation) = cutover.and_then(|cutover| cutover.opened()) {
             let replaying =
                 self.control.state(&migration.backend).is_ok_and(|state| state == State::Replaying);
             let patience = if replaying { REPLAY_PATIENCE } else { Duration::ZERO };
@@ -272,6 +315,9 @@ impl Migrations {
             Outcome::RolledBack => tracing::warn!(%id, %backend, reason, "migration rolled back"),
             Outcome::InDoubt => tracing::error!(%id, %backend, reason, "migration in doubt"),
         }
+        if let Err(error) = blocking(|| self.journal.end(&migration.ended(&report), REMEMBERED)) {
+            tracing::error!(%id, "{}: the next daemon will look after it again", chain(&error));
+        }
         // Whoever reads of the end may start the next one.
         let mut inner = self.inner();
         inner.active.remove(backend);
@@ -288,13 +334,27 @@ impl Migrations {
     pub fn abort(&self, id: &str) -> Result<Arc<Migration>, MigrationError> {
         let migration = self.get(id)?;
         let not = |what| MigrationError::NotAbortable { id: id.to_owned(), what };
-        if migration.state() != MigrationState::Running {
-            return Err(not("has ended"));
-        }
-        if !migration.cutover.abort() {
+        let Some(cutover) = migration.cutover.as_ref().filter(|_| !migration.is_over()) else {
+            return Err(not("is not under way"));
+        };
+        if !cutover.abort() {
             return Err(not("is past its flip and only goes forward"));
         }
         tracing::info!(%id, "abort");
+        Ok(migration)
+    }
+
+    /// Takes an operator's word on how a migration in doubt ends, or says why not.
+    pub async fn resolve(&self, id: &str, verdict: Verdict) -> Result<Arc<Migration>, MigrationError> {
+        let migration = self.get(id)?;
+        let not = |reason| MigrationError::NotResolvable { id: id.to_owned(), reason };
+        if migration.is_over() {
+            return Err(not("it has ended".to_owned()));
+        }
+        let unknown = || not("the load balancer could not take it up; see why, and start it anew".to_owned());
+        let cutover = migration.cutover.as_ref().ok_or_else(unknown)?;
+        cutover.resolve(verdict).await.map_err(not)?;
+        tracing::warn!(%id, ?verdict, "resolved by an operator");
         Ok(migration)
     }
 
@@ -342,7 +402,7 @@ impl Migrations {
             inner.active.values().filter_map(|id| inner.all.get(id).cloned()).collect()
         };
         for migration in under_way {
-            let aborted = migration.cutover.abort();
+            let aborted = migration.cutover.as_ref().is_some_and(|cutover| cutover.abort());
             tracing::info!(id = %migration.id, aborted, "waiting for a migration to end");
         }
         self.tasks.close();
@@ -350,7 +410,12 @@ impl Migrations {
     }
 }
 
-type Registered = (Arc<Migration>, UnboundedReceiver<Progress>, tokio::sync::mpsc::UnboundedSender<Progress>);
+/// A migration and what its coordinator gets.
+struct Registered {
+    migration: Arc<Migration>,
+    cutover: Arc<MigrationCutover>,
+    orders: Orders,
+}
 
 impl Inner {
     fn free(&self, backend: &str) -> Result<(), MigrationError> {
@@ -362,31 +427,25 @@ impl Inner {
 
     /// Microseconds since the epoch, so that ids do not come again after a restart; they grow.
     fn new_id(&mut self) -> String {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last_id = u64::try_from(now.as_micros()).unwrap_or(u64::MAX).max(self.last_id + 1);
+        self.last_id = now_unix_us().max(self.last_id + 1);
         format!("m-{:x}", self.last_id)
-    }
-
-    fn register(&mut self, spec: &Spec, cutover: MigrationCutover) -> Registered {
-        let (source, target) = (spec.source.site.clone(), spec.target.site.clone());
-        let migration = Migration::new(spec.id.clone(), spec.backend.clone(), source, target, cutover);
-        let migration = Arc::new(migration);
-        self.active.insert(spec.backend.clone(), spec.id.clone());
-        self.all.insert(spec.id.clone(), migration.clone());
-        let (tell, progress) = unbounded_channel();
-        (migration, progress, tell)
     }
 
     /// Drops the oldest of the finished ones beyond those remembered.
     fn forget(&mut self) {
-        let finished = |migration: &Arc<Migration>| migration.state() != MigrationState::Running;
-        let excess = self.all.values().filter(|m| finished(m)).count().saturating_sub(REMEMBERED);
+        let excess = self.all.values().filter(|m| m.is_over()).count().saturating_sub(REMEMBERED);
         let oldest: Vec<String> =
-            self.all.iter().filter(|(_, m)| finished(m)).take(excess).map(|(id, _)| id.clone()).collect();
+            self.all.iter().filter(|(_, m)| m.is_over()).take(excess).map(|(id, _)| id.clone()).collect();
         for id in oldest {
             self.all.remove(&id);
         }
     }
+}
+
+/// Microseconds since the Unix epoch.
+fn now_unix_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The report of a coordinator that did not come to its end.

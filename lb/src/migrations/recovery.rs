@@ -1,174 +1,176 @@
 //! After a restart: what did a former daemon leave behind, and how does it end?
 //!
-//! The pinned gate word says whether the flip has happened and where the backend belongs; the agents say
-//! which migration they are part of. Where an agent still waits for a word, the migration is brought to an
-//! end, whatever the gate. A hold that no agent knows a migration for is opened only where an agent says that
-//! the backend is behind it (the agents fell back by themselves while there was no coordinator); any other
-//! is somebody's hold by hand and stays as it is.
+//! The journal says which migrations had begun and what was decided in them; the pinned gate word says whether the
+//! flip has happened. Where the journal has nothing of a migration that an agent still waits for a word on (it was
+//! lost, or is another one), the gate alone says how it ends. A closed gate without a migration is somebody's hold
+//! by hand, and stays as it is.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use migrate::coordinator::{AgentAt, HoldRequest, Policy, Spec};
+use migrate::coordinator::machine::{LEASE, MARGIN};
+use migrate::coordinator::{AgentAt, HoldRequest, Left, Policy, Spec};
 use migrate::protocol::Role;
+use tokio::sync::mpsc::unbounded_channel;
 
-use super::cutover::MigrationCutover;
-use super::{Leftover, Migrations, Seen};
+use super::journal::{Entry, Step};
+use super::{JournalError, Leftover, Migration, Migrations, Registered, now_unix_us};
 use crate::control::State;
 
 /// Agents may start together with the load balancer.
 const SURVEYS: u32 = 10;
 const SURVEY_PAUSE: Duration = Duration::from_millis(500);
-
-/// What the agents of a backend's two sites say.
-enum Survey {
-    /// One takes part in a migration; the role is that of the site where the gate points.
-    Found { id: String, role_at_location: Role },
-    /// Neither does.
-    Nothing {
-        /// Whether the backend is where the gate points.
-        is_there: bool,
-    },
-    /// At least one could not be asked.
-    Unknown(String),
-}
+/// Generation of a gate that was made and opened, and nothing since.
+const NEVER_HELD: u32 = 2;
 
 impl Migrations {
-    /// Starts the recovery of every backend that needs one, in the background.
-    pub fn recover(self: &Arc<Self>) {
+    /// Takes up what the journal says is not over, and asks the agents of all other backends, in the background.
+    pub fn recover(self: &Arc<Self>) -> Result<(), JournalError> {
+        for entry in self.journal.entries()? {
+            if entry.step == Step::Ended {
+                let migration = Arc::new(Migration::remembered(entry));
+                self.inner().all.insert(migration.id.clone(), migration);
+            } else {
+                self.end(entry);
+            }
+        }
         for backend in &self.config.get().plan.backends {
             let this = self.clone();
             let name = backend.name.clone();
-            self.tasks.spawn(async move { this.recover_backend(&name).await });
+            self.tasks.spawn(async move { this.recover_unwritten(&name).await });
         }
+        Ok(())
     }
 
-    async fn recover_backend(self: Arc<Self>, backend: &str) {
+    /// Ends a migration of a backend that the journal does not have, if an agent takes part in one.
+    async fn recover_unwritten(self: Arc<Self>, backend: &str) {
+        if self.is_under_way(backend) {
+            return;
+        }
         let (Ok(state), Ok((location, staged))) =
             (self.control.state(backend), self.control.sites_of(backend))
         else {
             return;
         };
-        let closed = state != State::Forward;
+        if !matches!(state, State::Forward | State::Replaying) {
+            tracing::warn!(
+                backend,
+                state = state.label(),
+                "the gate is closed and no migration of it was begun: flip or resume it by hand"
+            );
+        }
         let agent = |site: Option<String>| self.config.get().agent_at(&site?);
-        let (Some(location), Some(other)) = (agent(location), agent(staged)) else {
-            if closed {
-                tracing::warn!(
-                    backend,
-                    state = state.label(),
-                    "the gate is closed and there are no agents to ask: flip or resume it by hand"
-                );
-            }
-            return;
-        };
+        let (Some(location), Some(other)) = (agent(location), agent(staged)) else { return };
         if location.site == other.site {
-            if closed {
-                tracing::warn!(
-                    backend,
-                    state = state.label(),
-                    "the gate is closed and no migration had begun: flip or resume it by hand"
-                );
-            }
             return;
         }
-        match self.survey(backend, &location, &other, closed).await {
-            Survey::Found { id, role_at_location } => {
-                let flipped = role_at_location == Role::Target && !matches!(state, State::Holding { .. });
-                self.end(Some(id), backend, location, other, flipped);
-            }
-            // A replay ends by itself.
-            Survey::Nothing { is_there: true } if closed && state != State::Replaying => {
-                self.end(None, backend, location, other, false);
-            }
-            Survey::Nothing { is_there: false } if closed && state != State::Replaying => {
-                tracing::warn!(
-                    backend,
-                    state = state.label(),
-                    "the gate is closed and its site's agent does not run the backend: flip or resume it by hand"
-                );
-            }
-            Survey::Nothing { .. } => {}
-            Survey::Unknown(reason) if closed => {
-                tracing::warn!(
-                    backend,
-                    reason,
-                    "an agent does not answer; trying to end the migration anyway"
-                );
-                self.end(None, backend, location, other, state == State::Replaying);
-            }
-            Survey::Unknown(reason) => {
-                tracing::debug!(backend, reason, "could not ask whether a migration was left behind");
-            }
+        let Some((id, role_at_location)) = self.survey(backend, &location, &other).await else { return };
+        let is_flipped = role_at_location == Role::Target && !matches!(state, State::Holding { .. });
+        let (from, to) = if is_flipped { (other, location) } else { (location, other) };
+        let entry = Entry {
+            id,
+            backend: backend.to_owned(),
+            from: from.site,
+            to: to.site,
+            started_at_unix_us: now_unix_us(),
+            // What a former daemon said is not known: the safe side.
+            step: if is_flipped { Step::Confirming } else { Step::Begun },
+            report: None,
+        };
+        if let Err(error) = super::blocking(|| self.journal.begin(&entry)) {
+            tracing::error!(id = %entry.id, "{}", super::chain(&error));
+            return;
         }
+        self.end(entry);
     }
 
-    async fn survey(&self, backend: &str, location: &AgentAt, other: &AgentAt, closed: bool) -> Survey {
-        let mut outcome = Survey::Nothing { is_there: false };
+    /// The migration that one of two agents takes part in, and the role of the site where the gate points.
+    async fn survey(&self, backend: &str, location: &AgentAt, other: &AgentAt) -> Option<(String, Role)> {
         for round in 0..SURVEYS {
             if round > 0 {
                 tokio::time::sleep(SURVEY_PAUSE).await;
             }
-            if self.inner().stopping {
-                return Survey::Unknown("the load balancer is stopping".to_owned());
+            // What an agent knows of from then on is ours.
+            if self.inner().stopping || self.is_under_way(backend) {
+                return None;
             }
-            if !closed && self.inner().all.values().any(|migration| migration.backend == backend) {
-                // What an agent knows of now is ours.
-                return Survey::Nothing { is_there: false };
-            }
-            let mut is_there = false;
-            outcome = Survey::Nothing { is_there };
+            let mut unknown = None;
             for agent in [location, other] {
                 match self.coordinator.survey(agent.clone(), backend.to_owned()).await {
-                    Ok(Seen { leftover: Some(Leftover { id, role }), .. }) => {
+                    Ok(Some(Leftover { id, role })) => {
                         let role_at_location = match (role, agent.site == location.site) {
                             (role, true) => role,
                             (Role::Source, false) => Role::Target,
                             (Role::Target, false) => Role::Source,
                         };
-                        return Survey::Found { id, role_at_location };
+                        return Some((id, role_at_location));
                     }
-                    Ok(seen) => is_there |= seen.is_there && agent.site == location.site,
-                    Err(reason) => outcome = Survey::Unknown(reason),
+                    Ok(None) => {}
+                    Err(reason) => unknown = Some(reason),
                 }
             }
-            if matches!(outcome, Survey::Nothing { .. }) {
-                return Survey::Nothing { is_there };
+            match unknown {
+                None => return None,
+                Some(reason) => tracing::debug!(backend, reason, "could not ask whether it migrates"),
             }
         }
-        outcome
+        None
     }
 
-    /// Hands a leftover migration to the coordinator, as one of ours.
-    fn end(
-        self: &Arc<Self>,
-        id: Option<String>,
-        backend: &str,
-        location: AgentAt,
-        other: AgentAt,
-        flipped: bool,
-    ) {
+    /// Hands a migration that a former daemon left behind to the coordinator, as one of ours.
+    fn end(self: &Arc<Self>, entry: Entry) {
         let mut inner = self.inner();
-        if inner.stopping
-            || inner.free(backend).is_err()
-            || id.as_ref().is_some_and(|id| inner.all.contains_key(id))
-        {
+        if inner.stopping || inner.free(&entry.backend).is_err() || inner.all.contains_key(&entry.id) {
             return;
         }
-        let id = id.unwrap_or_else(|| inner.new_id());
-        let active_site = location.site.clone();
-        let (source, target) = if flipped { (other, location) } else { (location, other) };
-        let hold = HoldRequest { deadline: self.config.get().hold.deadline, policy: Policy::Hold };
-        let (Ok(spec), Ok(generation)) =
-            (self.spec(id, backend, &source.site, &target.site, hold), self.control.generation(backend))
-        else {
-            return;
+        let (spec, left) = match self.left(&entry) {
+            Ok(left) => left,
+            Err(problem) => {
+                let (id, backend) = (&entry.id, &entry.backend);
+                tracing::error!(%id, %backend, "the migration cannot be brought to its end: {problem}");
+                let migration = Migration::remembered(entry);
+                migration.doubt(Some(format!("it cannot be brought to its end: {problem}")));
+                inner.all.insert(migration.id.clone(), Arc::new(migration));
+                return;
+            }
         };
-        let spec: Spec = spec;
-        let cutover = MigrationCutover::new(self.control.clone(), true);
-        let (migration, progress, tell) = inner.register(&spec, cutover);
+        let Registered { migration, cutover, orders } = self.register(&mut inner, entry, true);
         drop(inner);
-        tracing::warn!(id = %migration.id, backend, flipped, "ending a migration that a former daemon left behind");
-        let run = self.coordinator.recover(spec, active_site, generation, migration.cutover.clone(), tell);
+        let (id, backend) = (&migration.id, &migration.backend);
+        tracing::warn!(%id, %backend, ?left, "ending a migration that a former daemon left behind");
+        let (tell, progress) = unbounded_channel();
+        // Tables that never held this backend may be younger than a flip that they know nothing of. Its target then
+        // runs at most until its lease ends, and nobody waits for the source, since the gate is open to it.
+        let may_be_new = matches!(left, Left::Before { generation: ..=NEVER_HELD });
+        let patience = if may_be_new { LEASE + MARGIN } else { Duration::ZERO };
+        let run = self.coordinator.recover(spec, left, cutover, orders, tell);
+        let run = async move {
+            tokio::time::sleep(patience).await;
+            run.await
+        };
         self.watch(migration, run, progress);
+    }
+
+    /// Where a migration was left.
+    fn left(&self, entry: &Entry) -> Result<(Spec, Left), Box<dyn std::error::Error>> {
+        let Entry { id, backend, from, to, step, .. } = entry;
+        let hold = HoldRequest { deadline: self.config.get().hold.deadline, policy: Policy::Hold };
+        let spec = self.spec(id.clone(), backend, from, to, hold)?;
+        let (location, _) = self.control.sites_of(backend)?;
+        let at_target = location.as_ref() == Some(to);
+        if *step == Step::Confirming && !at_target {
+            // The tables are new, the machine was started anew for instance: they know nothing of the flip.
+            let generation = self.control.hold(backend, crate::control::Policy::Hold, None)?;
+            self.control.stage(backend, to)?;
+            self.control.flip(backend, generation, to)?;
+        }
+        let generation = self.control.generation(backend)?;
+        let left = match step {
+            Step::Returning => Left::Returning { at_target, generation },
+            Step::Confirming => Left::After { confirmed: true },
+            Step::Begun | Step::Ended if at_target => Left::After { confirmed: false },
+            Step::Begun | Step::Ended => Left::Before { generation },
+        };
+        Ok((spec, left))
     }
 }

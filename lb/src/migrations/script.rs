@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use migrate::coordinator::{AgentAt, Cutover, Outcome, PhaseTime, Progress, Report, Spec};
+use migrate::coordinator::{
+    AgentAt, Cutover, Decision, Left, Orders, Outcome, PhaseTime, Progress, Report, Resolution, Spec, Verdict,
+};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
-use tokio_util::sync::CancellationToken;
 
-use super::{Coordinator, Seen};
+use super::{Coordinator, Leftover};
 
 /// What happens in a migration.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +26,8 @@ pub(crate) enum Play {
     UntilAbort,
     /// Flips, then waits for [`Script::go`].
     FlipAndWait,
+    /// Flips, and then the target does not answer.
+    Doubt,
     /// The coordinator has a bug.
     Panic,
 }
@@ -33,10 +36,10 @@ pub(crate) struct Script {
     play: Play,
     pub(crate) go: Arc<Notify>,
     pub(crate) specs: Mutex<Vec<Spec>>,
-    /// What was recovered: the migration, where the gate pointed, the gate's generation.
-    pub(crate) recovered: Mutex<Vec<(Spec, String, u32)>>,
+    /// What was recovered, and where it was left.
+    pub(crate) recovered: Mutex<Vec<(Spec, Left)>>,
     /// What agents answer, by site; nothing where there is no entry.
-    pub(crate) seen: Mutex<HashMap<String, Seen>>,
+    pub(crate) seen: Mutex<HashMap<String, Leftover>>,
 }
 
 impl Script {
@@ -82,7 +85,7 @@ impl Stage {
     }
 }
 
-async fn play(play: Play, mut stage: Stage, abort: CancellationToken, go: Arc<Notify>) -> Report {
+async fn play(play: Play, mut stage: Stage, mut orders: Orders, go: Arc<Notify>) -> Report {
     let (backend, to) = (stage.spec.backend.clone(), stage.spec.target.site.clone());
     stage.phase("prepare");
     if let Err(refused) = stage.cutover.stage(&backend, &to) {
@@ -100,10 +103,10 @@ async fn play(play: Play, mut stage: Stage, abort: CancellationToken, go: Arc<No
         Play::Panic => panic!("a bug in the script"),
         Play::FailRestore => Some("the restore failed".to_owned()),
         Play::UntilAbort => {
-            abort.cancelled().await;
+            orders.abort.cancelled().await;
             Some("aborted".to_owned())
         }
-        Play::Commit | Play::FlipAndWait | Play::FailPrepare => {
+        Play::Commit | Play::FlipAndWait | Play::Doubt | Play::FailPrepare => {
             stage.phase("flip");
             stage.cutover.flip(&backend, held, &to).err().map(|refused| refused.0)
         }
@@ -116,6 +119,18 @@ async fn play(play: Play, mut stage: Stage, abort: CancellationToken, go: Arc<No
     if matches!(play, Play::FlipAndWait) {
         go.notified().await;
     }
+    if matches!(play, Play::Doubt) {
+        let _ = stage.progress.send(Progress::Doubt(Some("no answer".to_owned())));
+        while let Some(Resolution { verdict, answer }) = orders.verdicts.recv().await {
+            if verdict == Verdict::RolledBack {
+                let _ = answer.send(Err("it may serve".to_owned()));
+                continue;
+            }
+            stage.cutover.record(Decision::Confirm).unwrap();
+            let _ = answer.send(Ok(()));
+            return stage.end(Outcome::Committed, Some("an operator said so"));
+        }
+    }
     stage.phase("release");
     stage.end(Outcome::Committed, None)
 }
@@ -125,28 +140,28 @@ impl Coordinator for Script {
         &self,
         spec: Spec,
         cutover: Arc<dyn Cutover>,
-        abort: CancellationToken,
+        orders: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report> {
         self.specs.lock().unwrap().push(spec.clone());
         let stage = Stage { spec, cutover, progress, phases: Vec::new() };
-        play(self.play, stage, abort, self.go.clone()).boxed()
+        play(self.play, stage, orders, self.go.clone()).boxed()
     }
 
     fn recover(
         &self,
         spec: Spec,
-        active_site: String,
-        generation: u32,
+        left: Left,
         cutover: Arc<dyn Cutover>,
+        _: Orders,
         progress: UnboundedSender<Progress>,
     ) -> BoxFuture<'static, Report> {
-        self.recovered.lock().unwrap().push((spec.clone(), active_site.clone(), generation));
+        self.recovered.lock().unwrap().push((spec.clone(), left));
         let stage = Stage { spec, cutover, progress, phases: Vec::new() };
         async move {
-            if active_site == stage.spec.target.site {
+            let Left::Before { generation } = left else {
                 return stage.end(Outcome::Committed, None);
-            }
+            };
             match stage.cutover.resume(&stage.spec.backend, generation) {
                 Ok(_) => stage.end(Outcome::RolledBack, Some("the load balancer was restarted")),
                 Err(refused) => stage.end(Outcome::InDoubt, Some(&refused.0)),
@@ -155,8 +170,8 @@ impl Coordinator for Script {
         .boxed()
     }
 
-    fn survey(&self, agent: AgentAt, _: String) -> BoxFuture<'static, Result<Seen, String>> {
+    fn survey(&self, agent: AgentAt, _: String) -> BoxFuture<'static, Result<Option<Leftover>, String>> {
         let seen = self.seen.lock().unwrap().get(&agent.site).cloned();
-        std::future::ready(Ok(seen.unwrap_or_default())).boxed()
+        std::future::ready(Ok(seen)).boxed()
     }
 }

@@ -3,6 +3,7 @@
 use futures_util::StreamExt as _;
 use lb_core::{Gate, GateWord, Slot};
 use migrate::client::AgentAt;
+use migrate::coordinator::Left;
 use migrate::protocol::Role;
 
 use super::script::Play;
@@ -11,11 +12,13 @@ use crate::config::Config;
 use crate::datapath::{Datapath as _, HoldStats};
 use crate::memory::MemoryDatapath;
 use crate::testing::{CONFIG, TestControl};
+use tempfile::TempDir;
 
 struct Test {
     control: TestControl,
     script: Arc<Script>,
     migrations: Arc<Migrations>,
+    folder: TempDir,
 }
 
 impl Test {
@@ -25,9 +28,15 @@ impl Test {
 
     fn over(control: TestControl, play: Play) -> Self {
         let script = Script::new(play);
-        let migrations =
-            Arc::new(Migrations::new(control.control.clone(), control.config.clone(), script.clone()));
-        Self { control, script, migrations }
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::at(&folder.path().join("journal.redb"));
+        Self::with(control, script, journal, folder)
+    }
+
+    fn with(control: TestControl, script: Arc<Script>, journal: Journal, folder: TempDir) -> Self {
+        let (gates, config) = (control.control.clone(), control.config.clone());
+        let migrations = Arc::new(Migrations::new(gates, config, script.clone(), journal));
+        Self { control, script, migrations, folder }
     }
 
     fn start(&self, backend: &str, to: &str) -> Result<Arc<Migration>, MigrationError> {
@@ -169,7 +178,7 @@ async fn one_at_a_time_and_abort_before_the_flip() {
 async fn after_the_flip_there_is_nothing_to_abort() {
     let test = Test::new(Play::FlipAndWait);
     let migration = test.start("chat-1", "fra").unwrap();
-    while migration.cutover.opened().is_none() {
+    while migration.cutover.as_ref().unwrap().opened().is_none() {
         tokio::task::yield_now().await;
     }
     let late = test.migrations.abort(&migration.id).err().unwrap();
@@ -181,8 +190,9 @@ async fn after_the_flip_there_is_nothing_to_abort() {
 #[tokio::test]
 async fn an_aborted_migration_never_flips() {
     let test = TestControl::new();
-    let cutover = MigrationCutover::new(test.control.clone(), false);
     use migrate::coordinator::Cutover as _;
+    let journal = Arc::new(Journal::at("/nowhere".as_ref()));
+    let (cutover, _) = MigrationCutover::new(test.control.clone(), journal, "m-1".into(), false);
     cutover.stage("chat-1", "fra").unwrap();
     let hold = HoldRequest { deadline: Duration::from_secs(5), policy: migrate::coordinator::Policy::Drop };
     let held = cutover.hold("chat-1", hold).unwrap();
@@ -207,7 +217,7 @@ async fn stopping_aborts_waits_and_starts_no_more() {
     let test = Test::new(Play::UntilAbort);
     let migration = test.start("chat-1", "fra").unwrap();
     assert!(test.migrations.stop(Duration::from_secs(5)).await);
-    assert_eq!(migration.state(), MigrationState::RolledBack);
+    assert_eq!(migration.view().state, MigrationState::RolledBack);
     assert!(matches!(test.start("chat-1", "fra"), Err(MigrationError::Stopping)));
 }
 
@@ -236,16 +246,23 @@ fn after_restart(word: GateWord) -> Test {
 
 impl Test {
     fn leftover(&self, site: &str, role: Role) {
-        let leftover = Some(Leftover { id: "m-old".into(), role });
-        self.script.seen.lock().unwrap().insert(site.into(), Seen { leftover, is_there: false });
+        self.script.seen.lock().unwrap().insert(site.into(), Leftover { id: "m-old".into(), role });
     }
 
-    fn runs_at(&self, site: &str) {
-        self.script.seen.lock().unwrap().insert(site.into(), Seen { leftover: None, is_there: true });
+    /// What a former daemon wrote down of a migration from `ams` to `fra`.
+    fn written(&self, step: Step) {
+        let (id, backend) = ("m-old".to_owned(), "chat-1".to_owned());
+        let (from, to) = ("ams".to_owned(), "fra".to_owned());
+        let entry = Entry { id, backend, from, to, started_at_unix_us: 1, step, report: None };
+        self.migrations.journal.begin(&entry).unwrap();
+    }
+
+    fn left(&self) -> Left {
+        self.script.recovered.lock().unwrap()[0].1
     }
 
     async fn recovered(&self) -> Vec<MigrationView> {
-        self.migrations.recover();
+        self.migrations.recover().unwrap();
         self.migrations.tasks.close();
         tokio::time::timeout(Duration::from_secs(5), self.migrations.tasks.wait()).await.unwrap();
         self.migrations.all().iter().map(|migration| migration.view()).collect()
@@ -261,25 +278,118 @@ async fn a_hold_that_was_left_behind_is_rolled_back_under_its_old_id() {
     assert_eq!((views[0].id.as_str(), views[0].from.as_str(), views[0].to.as_str()), ("m-old", "ams", "fra"));
     assert_eq!(views[0].state, MigrationState::RolledBack);
     assert_eq!(test.gate(), open_at("ams"));
-    assert_eq!(test.script.recovered.lock().unwrap()[0].2, 41);
+    assert_eq!(test.left(), Left::Before { generation: 41 });
 }
 
 #[tokio::test]
-async fn a_hold_whose_agents_fell_back_by_themselves_is_rolled_back_too() {
-    let test = after_restart(GateWord::new(Gate::Drop, Slot::A, 41));
-    test.runs_at("ams");
-    assert_eq!(test.recovered().await[0].state, MigrationState::RolledBack);
-    assert_eq!(test.gate(), open_at("ams"));
-}
-
-#[tokio::test]
-async fn a_gate_never_opens_to_a_backend_that_does_not_run() {
-    for elsewhere in [None, Some("fra")] {
-        let test = after_restart(GateWord::new(Gate::Hold, Slot::A, 41));
-        elsewhere.into_iter().for_each(|site| test.runs_at(site));
-        assert!(test.recovered().await.is_empty());
-        assert_eq!(test.gate().0, "hold");
+async fn the_journal_and_the_gate_say_where_a_migration_was_left() {
+    let (ams, fra) = (Slot::A, Slot::B);
+    for (step, gate, slot, left) in [
+        (Step::Begun, Gate::Hold, ams, Left::Before { generation: 41 }),
+        (Step::Begun, Gate::Drop, ams, Left::Before { generation: 41 }),
+        (Step::Begun, Gate::Forward, ams, Left::Before { generation: 41 }),
+        (Step::Begun, Gate::Replay, fra, Left::After { confirmed: false }),
+        (Step::Confirming, Gate::Forward, fra, Left::After { confirmed: true }),
+        (Step::Returning, Gate::Hold, fra, Left::Returning { at_target: true, generation: 41 }),
+        (Step::Returning, Gate::Forward, ams, Left::Returning { at_target: false, generation: 41 }),
+    ] {
+        let test = after_restart(GateWord::new(gate, slot, 41));
+        test.written(step);
+        assert_eq!(test.recovered().await.len(), 1);
+        assert_eq!(test.left(), left, "{step:?} {gate:?}");
     }
+}
+
+#[tokio::test]
+async fn tables_younger_than_a_confirmed_flip_are_flipped_again() {
+    let test = after_restart(GateWord::new(Gate::Forward, Slot::A, 2));
+    test.written(Step::Confirming);
+    assert_eq!(test.recovered().await[0].state, MigrationState::Committed);
+    assert_eq!(test.left(), Left::After { confirmed: true });
+    assert_eq!(test.gate(), open_at("fra"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_tables_may_be_younger_than_a_flip_its_lease_ends_first() {
+    let test = after_restart(GateWord::new(Gate::Forward, Slot::A, 2));
+    test.written(Step::Begun);
+    let began = tokio::time::Instant::now();
+    test.migrations.recover().unwrap();
+    test.migrations.tasks.close();
+    test.migrations.tasks.wait().await;
+    assert!(began.elapsed() >= Duration::from_secs(12), "{:?}", began.elapsed());
+    assert_eq!(test.migrations.all()[0].view().state, MigrationState::RolledBack);
+}
+
+#[tokio::test]
+async fn what_cannot_be_taken_up_is_shown_and_stays_written() {
+    let test = after_restart(GateWord::new(Gate::Hold, Slot::A, 41));
+    let entry = Entry {
+        id: "m-old".into(),
+        backend: "gone".into(),
+        from: "ams".into(),
+        to: "fra".into(),
+        started_at_unix_us: 1,
+        step: Step::Begun,
+        report: None,
+    };
+    test.migrations.journal.begin(&entry).unwrap();
+    let views = test.recovered().await;
+    assert_eq!(views[0].state, MigrationState::InDoubt);
+    assert!(views[0].doubt.as_ref().unwrap().contains("gone"), "{views:?}");
+    assert_eq!(test.migrations.journal.entries().unwrap(), [entry]);
+    assert!(matches!(test.migrations.abort("m-old"), Err(MigrationError::NotAbortable { .. })));
+}
+
+#[tokio::test]
+async fn the_ended_are_remembered_by_the_next_daemon() {
+    let test = Test::new(Play::Commit);
+    let view = ended(test.start("chat-1", "fra").unwrap()).await;
+    test.migrations.stop(Duration::from_secs(5)).await;
+    let Test { control, script, migrations, folder } = test;
+    drop(migrations);
+    let journal = Journal::at(&folder.path().join("journal.redb"));
+    let next = Test::with(control, script, journal, folder);
+    assert_eq!(next.recovered().await, [view]);
+    assert!(next.script.recovered.lock().unwrap().is_empty());
+    let id = next.migrations.all()[0].id.clone();
+    assert!(matches!(next.migrations.abort(&id), Err(MigrationError::NotAbortable { .. })));
+}
+
+#[tokio::test]
+async fn nothing_begins_that_cannot_be_written_down() {
+    let (control, folder) = (TestControl::new(), tempfile::tempdir().unwrap());
+    let journal = Journal::at(&folder.path().join("a-file/journal.redb"));
+    std::fs::write(folder.path().join("a-file"), "").unwrap();
+    let test = Test::with(control, Script::new(Play::Commit), journal, folder);
+    assert!(matches!(test.start("chat-1", "fra"), Err(MigrationError::Journal(_))));
+    assert!(test.migrations.all().is_empty() && test.script.specs.lock().unwrap().is_empty());
+    assert!(test.control.datapath.stored().is_empty());
+}
+
+#[tokio::test]
+async fn an_operator_says_how_one_in_doubt_ends() {
+    let test = Test::new(Play::Doubt);
+    let migration = test.start("chat-1", "fra").unwrap();
+    let mut told = Box::pin(migration.clone().follow());
+    while !matches!(told.next().await.unwrap(), Told::Doubt(doubt) if doubt == "no answer") {}
+    let view = migration.view();
+    assert_eq!((view.state, view.doubt.as_deref()), (MigrationState::InDoubt, Some("no answer")));
+    assert!(test.migrations.is_under_way("chat-1"));
+    let refused = test.migrations.resolve(&migration.id, Verdict::RolledBack).await.err().unwrap();
+    assert!(refused.to_string().contains("it may serve"), "{refused}");
+    test.migrations.resolve(&migration.id, Verdict::Committed).await.unwrap();
+    let view = ended(migration.clone()).await;
+    assert_eq!((view.state, view.doubt), (MigrationState::Committed, None));
+    let late = test.migrations.resolve(&migration.id, Verdict::Committed).await.err().unwrap();
+    assert!(late.to_string().contains("it has ended"), "{late}");
+}
+
+#[tokio::test]
+async fn a_closed_gate_without_a_migration_is_left_to_its_holder() {
+    let test = after_restart(GateWord::new(Gate::Hold, Slot::A, 41));
+    assert!(test.recovered().await.is_empty());
+    assert_eq!(test.gate().0, "hold");
 }
 
 #[tokio::test]
@@ -291,7 +401,7 @@ async fn a_flip_that_was_left_behind_is_finished() {
         assert_eq!((views[0].from.as_str(), views[0].to.as_str()), ("ams", "fra"), "{gate:?}");
         assert_eq!(views[0].state, MigrationState::Committed);
         assert_eq!(test.gate(), open_at("fra"));
-        assert_eq!(test.script.recovered.lock().unwrap()[0].1, "fra");
+        assert_eq!(test.left(), Left::After { confirmed: true }, "the safe side");
     }
 }
 

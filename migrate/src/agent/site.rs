@@ -170,9 +170,18 @@ impl Site {
             let adopted = site.adopt(name).await;
             // After the adoption: a source that its CRIU is still letting go stays silent until it runs.
             site.silence(workload).sweep().await?;
-            if !adopted && workload.start {
-                site.start(name).await?;
+            if adopted || !workload.start {
+                continue;
             }
+            if site.records.has_left(name) {
+                tracing::warn!(
+                    workload = name,
+                    "not started, as its configuration says: it has left for another site. If it runs nowhere any more, \
+                     POST /v1/workloads/{name}/start starts it anew"
+                );
+                continue;
+            }
+            site.start(name).await?;
         }
         Ok(site)
     }
@@ -328,6 +337,7 @@ impl Site {
 
     /// Lets a copy run that a former agent's death has left stopped.
     pub fn revive(&self, name: &str, holder: HolderPid) {
+        self.mark_left(name, false);
         repair::reconnect(holder.pid);
         repair::signal(holder.pid, Signal::SIGCONT);
         tracing::info!(workload = name, "set running again");
@@ -337,9 +347,17 @@ impl Site {
     /// on there, so nothing may be said on them from here.
     pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
         if let Place::Running(holder) = self.place(name) {
+            self.mark_left(name, true);
             repair::disconnect(holder.pid).await;
         }
         self.stop(name).await
+    }
+
+    /// Marks a workload as one that may run elsewhere, or takes the mark off.
+    pub fn mark_left(&self, name: &str, left: bool) {
+        if let Err(error) = self.records.set_left(name, left) {
+            tracing::error!(workload = name, %error, left, "whether the workload has left could not be written down");
+        }
     }
 
     /// Fails unless the workload may come here.

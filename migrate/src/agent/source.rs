@@ -311,7 +311,10 @@ impl Driver {
                     });
                 });
             }
-            Command::Fence => repair::signal(self.holder.pid, Signal::SIGSTOP),
+            Command::Fence => {
+                repair::signal(self.holder.pid, Signal::SIGSTOP);
+                self.site.mark_left(&self.workload.name, true);
+            }
             Command::Unfence => repair::signal(self.holder.pid, Signal::SIGCONT),
             Command::Revive => {
                 repair::reconnect(self.holder.pid);
@@ -440,7 +443,10 @@ impl Driver {
                 self.site.forget(name, self.holder).await;
                 self.site.set(name, Place::Absent);
             }
-            _ => self.site.set_running(name, self.holder),
+            _ => {
+                self.site.mark_left(name, false);
+                self.site.set_running(name, self.holder);
+            }
         }
         self.show(state);
     }

@@ -1,10 +1,12 @@
 //! The target's driver: performs what [`crate::roles::target`] says, and tells it what happened.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::config::Workload;
 use super::images::{Folder, ImagesError};
@@ -14,11 +16,12 @@ use super::site::{Place, Site, SiteError};
 use crate::client::chain;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::repair;
-use crate::net::silence::SilenceError;
+use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
 use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{Holder, HolderError, HolderPid};
+use crate::workload::record::root_of;
 
 /// Why a target could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +49,8 @@ pub enum PrepareError {
     Images(#[from] ImagesError),
 }
 
+/// How long what a former migration left may take to go.
+const FORMER_LIMIT: Duration = Duration::from_secs(4);
 /// When the images of a server that runs are wiped.
 const WIPE_AFTER: Duration = Duration::from_millis(500);
 
@@ -60,14 +65,23 @@ struct Driver {
     swrk: Option<Swrk>,
     patience: Duration,
     lease: Duration,
+    silence: Silence,
+    muting: Option<Muting>,
     expires: Instant,
     inner: mpsc::UnboundedSender<Event>,
+}
+
+/// Rules that keep a copy that may not run yet from being heard.
+enum Muting {
+    Armed(Box<Armed>),
+    Fired(JoinHandle<Result<(), SilenceError>>),
 }
 
 /// Gets the target ready: an empty pid namespace with CRIU in it waits for images.
 pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<(), PrepareError> {
     let name = &prepare.workload;
     let workload = site.workload(name)?;
+    give_up_former(site, name, id).await;
     site.check_absent(name)?;
     site.check_address(workload)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
@@ -90,6 +104,20 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     }
 }
 
+/// Drops what a former migration has restored here, if anything: there is a next one only where that was given up,
+/// and its word to say so has not come through.
+async fn give_up_former(site: &Site, workload: &str, id: &str) {
+    let Place::Migrating(former) = site.place(workload) else { return };
+    if former.role != Role::Target || former.id == id {
+        return;
+    }
+    tracing::warn!(migration = %former.id, workload, "given up for the next one");
+    former.ask(Ask::Abort);
+    if tokio::time::timeout(FORMER_LIMIT, former.wait_end()).await.is_err() {
+        tracing::warn!(migration = %former.id, workload, "it does not end");
+    }
+}
+
 async fn ready(
     site: &Arc<Site>,
     session: &Arc<Session>,
@@ -98,8 +126,10 @@ async fn ready(
     site.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
     let workload = site.workload(&prepare.workload)?;
-    site.silence(workload).sweep().await?;
+    let silence = site.silence(workload);
+    silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
+    let muting = silence.arm_muting()?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
     let mut swrk = Swrk::start(&site.criu, holder.pid(), &workload.make_cgroup()?, folder.path())?;
     swrk.warm().await?;
@@ -114,6 +144,8 @@ async fn ready(
         swrk: Some(swrk),
         patience: patience(prepare.hold_deadline_ms),
         lease: Duration::from_millis(prepare.lease_ms),
+        silence,
+        muting: Some(Muting::Armed(Box::new(muting))),
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
     };
@@ -145,7 +177,7 @@ impl Driver {
         loop {
             let event = tokio::select! {
                 biased;
-                said = next(&mut self.swrk) => self.heard(said).await,
+                said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
                 () = tokio::time::sleep_until(self.expires.into()) => {
@@ -169,9 +201,16 @@ impl Driver {
         }
     }
 
-    async fn heard(&mut self, said: Said) -> Option<Event> {
+    async fn heard(&mut self, said: Said, state: &State) -> Option<Event> {
         match said {
-            Said::Hook(Hook::PreResume) => Some(Event::HookPreResume),
+            // Its connections are live now.
+            Said::Hook(Hook::PreResume) => match self.muted().await {
+                Ok(()) => Some(Event::HookPreResume),
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "the restored copy could not be muted");
+                    Some(Event::CriuEnded { failed: Some(chain(&error)) })
+                }
+            },
             Said::Hook(Hook::PostResume) => Some(Event::HookPostResume { at_unix_us: now_unix_us() }),
             Said::Hook(_) => {
                 self.answer().await;
@@ -186,6 +225,12 @@ impl Driver {
                     Ended::Well => None,
                     Ended::Failed { reason, .. } => Some(reason),
                 };
+                let is_starting = matches!(state, State::Committed(Committed::Starting { .. }));
+                if is_starting && failed.is_some() && root_of(self.holder_pid).is_some() {
+                    // It was killed while it let go of the tasks, of which none was killed: they run without it.
+                    let _ = self.inner.send(Event::CriuEnded { failed });
+                    return Some(Event::HookPostResume { at_unix_us: now_unix_us() });
+                }
                 Some(Event::CriuEnded { failed })
             }
         }
@@ -211,6 +256,9 @@ impl Driver {
     async fn perform(&mut self, command: Command, state: &State) {
         match command {
             Command::Restore => {
+                if let Some(Muting::Armed(armed)) = self.muting.take() {
+                    self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
+                }
                 if let Some(swrk) = &mut self.swrk
                     && let Err(error) = swrk.restore().await
                 {
@@ -228,6 +276,7 @@ impl Driver {
                 {
                     tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
                 }
+                self.unmute().await;
                 self.answer().await;
             }
             Command::Yes => self.answer().await,
@@ -240,6 +289,7 @@ impl Driver {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }
                 self.holder = None;
+                self.unmute().await;
                 let _ = self.inner.send(Event::Dropped);
             }
             Command::Report(event) => {
@@ -272,6 +322,27 @@ impl Driver {
                 error = chain(&error),
                 "the workload runs without the bounds of its control group"
             );
+        }
+    }
+
+    /// Waits until nothing of the copy can be heard.
+    async fn muted(&mut self) -> Result<(), SilenceError> {
+        match self.muting.take() {
+            Some(Muting::Fired(firing)) => {
+                let interrupted = || SilenceError::Netlink(io::ErrorKind::Interrupted.into());
+                firing.await.unwrap_or_else(|_| Err(interrupted()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the copy be heard.
+    async fn unmute(&self) {
+        if let Err(error) = self.silence.lift().await {
+            tracing::error!(error = chain(&error), "the copy is still mute; trying in another way");
+            if let Err(error) = self.silence.sweep().await {
+                tracing::error!(error = chain(&error), "the copy is mute");
+            }
         }
     }
 

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use http::{Method, StatusCode};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
-use super::machine::{Command, Event, LEASE, Machine, State};
-use super::{AgentAt, Cutover, Outcome, Progress, Report, Spec};
+use super::machine::{Command, Event, LEASE, Machine, State, Verdict};
+use super::operator::{Orders, Resolution};
+use super::{AgentAt, Cutover, Decision, Outcome, Progress, Report, Spec};
 use crate::client::{AgentClient, ClientError, chain};
 use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running};
 
@@ -20,6 +20,9 @@ use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Run
 const PREPARE_ANSWER: Duration = Duration::from_secs(20);
 /// Every other answer: short enough to try again in time.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a target that cannot be reached is told to forget, after everybody else has gone on.
+const TIDY_LIMIT: Duration = Duration::from_secs(600);
+const TIDY_PAUSE: Duration = Duration::from_millis(500);
 /// The agents' clocks are taken at their word unless they disagree with the coordinator's by more than this.
 const CLOCK_TOLERANCE_MS: f64 = 5.0;
 
@@ -58,14 +61,16 @@ struct Driver {
     progress: mpsc::UnboundedSender<Progress>,
     told: usize,
     told_open: bool,
+    doubt_told: Option<String>,
+    /// The target has said that it holds nothing, or was never asked for anything.
+    target_is_empty: bool,
 }
 
 pub(super) async fn drive(
     spec: Spec,
-    machine: Machine,
-    commands: Vec<Command>,
+    (machine, commands): (Machine, Vec<Command>),
     cutover: Arc<dyn Cutover>,
-    abort: CancellationToken,
+    Orders { abort, mut verdicts }: Orders,
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
     let (news, mut inbox) = mpsc::unbounded_channel();
@@ -89,22 +94,17 @@ pub(super) async fn drive(
         progress,
         told: 0,
         told_open: false,
+        doubt_told: None,
+        target_is_empty: true,
     };
     match trouble {
         Some(trouble) => driver.take(Event::TargetFailed(trouble), Instant::now()),
         None => driver.perform(commands),
     }
-    let (mut aborted, mut doubted) = (false, false);
+    let mut aborted = false;
     let (outcome, reason) = loop {
         driver.tell_progress();
-        match driver.machine.doubt() {
-            Some(doubt) if !doubted => {
-                tracing::error!(migration = %driver.spec.id, backend = %driver.spec.backend, "in doubt: {doubt}");
-                doubted = true;
-            }
-            Some(_) => {}
-            None => doubted = false,
-        }
+        driver.tell_doubt();
         if let State::Finished { outcome, reason } = driver.machine.state() {
             break (*outcome, reason.clone());
         }
@@ -122,9 +122,13 @@ pub(super) async fn drive(
                 aborted = true;
                 driver.take(Event::Abort, Instant::now());
             }
+            Some(resolution) = verdicts.recv() => driver.resolve(resolution),
             () = tick => driver.take(Event::Tick, Instant::now()),
         }
     };
+    if outcome == Outcome::RolledBack && !driver.target_is_empty {
+        driver.tidy_later();
+    }
     let report = driver.report(outcome, reason);
     // A receiver that has gone away wants no progress.
     let _ = driver.progress.send(Progress::Finished(report.clone()));
@@ -152,6 +156,7 @@ impl Driver {
 
     fn take(&mut self, event: Event, at: Instant) {
         tracing::debug!(migration = %self.spec.id, ?event, "event");
+        self.target_is_empty |= event == Event::TargetDropped;
         let commands = self.machine.on(event, at.saturating_duration_since(self.started));
         self.perform(commands);
     }
@@ -165,6 +170,7 @@ impl Driver {
             let answer = match command {
                 Command::PrepareTarget => match self.cutover.stage(backend, &self.spec.target.site) {
                     Ok(()) => {
+                        self.target_is_empty = false;
                         self.prepare(Role::Target);
                         None
                     }
@@ -219,13 +225,17 @@ impl Driver {
                     });
                     None
                 }
-                Command::Confirm => {
-                    let part = self.part(Role::Target);
-                    self.ask(Role::Target, "confirm", part, |_: ()| {
-                        Some((Event::Confirmed, Figures::default()))
-                    });
-                    None
-                }
+                Command::Confirm => match self.cutover.record(Decision::Confirm) {
+                    Ok(()) => {
+                        let part = self.part(Role::Target);
+                        self.ask(Role::Target, "confirm", part, |_: ()| {
+                            Some((Event::Confirmed, Figures::default()))
+                        });
+                        None
+                    }
+                    // Asked again later, as what the target itself cannot take.
+                    Err(error) => Some(Event::TargetFailed(error.to_string())),
+                },
                 Command::Release => {
                     let part = self.part(Role::Source);
                     self.ask(Role::Source, "release", part, |_: ()| {
@@ -242,6 +252,7 @@ impl Driver {
                     None
                 }
                 Command::DropTarget => {
+                    self.target_is_empty = false;
                     let part = self.part(Role::Target);
                     self.ask(Role::Target, "abort", part, |_: ()| {
                         Some((Event::TargetDropped, Figures::default()))
@@ -254,6 +265,24 @@ impl Driver {
                 queue.extend(self.machine.on(event, self.started.elapsed()));
             }
         }
+    }
+
+    /// Goes on telling a target that could not be reached to forget, after the end: nobody waits for that.
+    fn tidy_later(&self) {
+        let (Some(client), part) = (self.target.clone(), self.part(Role::Target)) else { return };
+        let (id, path) = (self.spec.id.clone(), format!("/v1/migrations/{}/abort", self.spec.id));
+        tokio::spawn(async move {
+            let until = Instant::now() + TIDY_LIMIT;
+            while Instant::now() < until {
+                let answer: Result<Option<Running>, ClientError> =
+                    client.json(Method::POST, &path, Some(&part), ANSWER).await;
+                match answer {
+                    Ok(_) | Err(ClientError::Refused { .. }) => return,
+                    Err(_) => tokio::time::sleep(TIDY_PAUSE).await,
+                }
+            }
+            tracing::warn!(migration = %id, "the target never said that it holds nothing; its next migration drops it");
+        });
     }
 
     fn part(&self, role: Role) -> Part {
@@ -341,6 +370,32 @@ impl Driver {
                 Err(error) => tell(&news, failure(role, chain(&error))),
             }
         });
+    }
+
+    /// An operator's word, written down before it is acted on.
+    fn resolve(&mut self, Resolution { verdict, answer }: Resolution) {
+        let now = self.started.elapsed();
+        let taken = self.machine.may_resolve(verdict, now).and_then(|()| match verdict {
+            Verdict::Committed => Ok(()),
+            Verdict::RolledBack => self.cutover.record(Decision::Return).map_err(|error| error.to_string()),
+        });
+        if taken.is_ok() {
+            self.take(Event::Resolve(verdict), self.started + now);
+        }
+        // Whoever asked may have gone away.
+        let _ = answer.send(taken);
+    }
+
+    fn tell_doubt(&mut self) {
+        let doubt = self.machine.doubt();
+        if doubt == self.doubt_told.as_deref() {
+            return;
+        }
+        if let Some(doubt) = doubt {
+            tracing::error!(migration = %self.spec.id, backend = %self.spec.backend, "in doubt: {doubt}");
+        }
+        self.doubt_told = doubt.map(str::to_owned);
+        let _ = self.progress.send(Progress::Doubt(self.doubt_told.clone()));
     }
 
     fn tell_progress(&mut self) {

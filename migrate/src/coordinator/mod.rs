@@ -5,6 +5,7 @@
 
 mod drive;
 pub mod machine;
+mod operator;
 pub mod phases;
 
 use std::net::SocketAddr;
@@ -13,12 +14,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+
+pub use machine::Verdict;
+pub use operator::{Operator, Orders, Resolution};
 
 pub use crate::client::AgentAt;
 pub use crate::protocol::Protocol;
 
-/// What the coordinator needs of the load balancer. Each call returns at once: no I/O is waited for.
+/// What the coordinator needs of the load balancer. Each call returns at once: no network is waited for.
 pub trait Cutover: Send + Sync + 'static {
     /// Closes the backend's gate; gives the gate's new generation.
     fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError>;
@@ -28,6 +31,40 @@ pub trait Cutover: Send + Sync + 'static {
     fn flip(&self, backend: &str, generation: u32, to_site: &str) -> Result<u32, CutoverError>;
     /// Opens the gate where it was; gives the new generation.
     fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError>;
+    /// Writes down, so that it survives the load balancer, what is about to be decided; see [`Left`].
+    fn record(&self, decision: Decision) -> Result<(), CutoverError>;
+}
+
+/// What a later coordinator has to know of this one, beside the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// The target is told that its copy is the one.
+    Confirm,
+    /// An operator said that the source's copy counts.
+    Return,
+}
+
+/// Where a former coordinator left a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The gate points at the source, closed or open again.
+    Before {
+        /// The gate's generation.
+        generation: u32,
+    },
+    /// The gate points at the target.
+    After {
+        /// Whether [`Decision::Confirm`] was written down.
+        confirmed: bool,
+    },
+    /// [`Decision::Return`] was written down.
+    Returning {
+        /// Whether the gate points at the target still.
+        at_target: bool,
+        /// The gate's generation.
+        generation: u32,
+    },
 }
 
 /// How a gate is to hold.
@@ -145,42 +182,45 @@ pub enum Progress {
         /// Likewise, once it has ended.
         end_ms: Option<f64>,
     },
+    /// It is in doubt, for this reason, or (none) no longer. It still goes on.
+    Doubt(Option<String>),
     /// It is over.
     Finished(Report),
 }
 
-/// Runs one migration to its end. `abort` is honoured before the flip only.
+/// Runs one migration to its end.
 ///
 /// On [`Outcome::Committed`] the backend runs at the target and the gate points there; on
 /// [`Outcome::RolledBack`] it runs at the source and the gate is open to it.
 pub async fn run(
     spec: Spec,
     cutover: Arc<dyn Cutover>,
-    abort: CancellationToken,
+    orders: Orders,
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
-    let (machine, commands) = machine::Machine::start(spec.hold.deadline);
-    drive::drive(spec, machine, commands, cutover, abort, progress).await
+    let start = machine::Machine::start(spec.hold.deadline);
+    drive::drive(spec, start, cutover, orders, progress).await
 }
 
-/// Ends a migration that a former coordinator left behind with a gate that is not `forward`.
-///
-/// `active_site` is where the gate's word points: at the target, the flip has happened and the migration is
-/// finished; at the source, it is rolled back.
+/// Ends a migration that a former coordinator left behind: one whose flip has happened is finished, any other is
+/// rolled back.
 pub async fn recover(
     spec: Spec,
-    active_site: &str,
-    generation: u32,
+    left: Left,
     cutover: Arc<dyn Cutover>,
+    orders: Orders,
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
-    let (machine, commands) = if active_site == spec.target.site {
-        // What a former coordinator said is not known here: the safe side.
-        machine::Machine::recover_forward(true, spec.hold.deadline)
-    } else {
-        machine::Machine::recover_back(generation, spec.hold.deadline)
+    use machine::Machine;
+    let deadline = spec.hold.deadline;
+    let start = match left {
+        Left::Before { generation } => Machine::recover_back(generation, deadline),
+        Left::After { confirmed } => Machine::recover_forward(confirmed, deadline),
+        Left::Returning { at_target, generation } => {
+            Machine::recover_returned(at_target, generation, deadline)
+        }
     };
-    drive::drive(spec, machine, commands, cutover, CancellationToken::new(), progress).await
+    drive::drive(spec, start, cutover, orders, progress).await
 }
 
 #[cfg(test)]

@@ -171,7 +171,7 @@ impl Swrk {
             ..Request::default()
         })
         .await?;
-        let answer = self.receive().await?;
+        let answer = receive(&self.socket).await?;
         if answer.kind() != Kind::FeatureCheck || !answer.success {
             return Err(SwrkError::Failed(self.explain(&answer)));
         }
@@ -192,7 +192,13 @@ impl Swrk {
 
     /// Waits for what CRIU says next. May be dropped and called again.
     pub async fn next(&mut self) -> Said {
-        let answer = match self.receive().await {
+        let heard = tokio::select! {
+            biased;
+            answer = receive(&self.socket) => answer,
+            // What it was restoring when it was killed keeps its end of the connection open.
+            _ = self.process.wait() => take(self.socket.get_ref()),
+        };
+        let answer = match heard {
             Ok(answer) => answer,
             Err(error) => {
                 return Said::Ended(Ended::Failed {
@@ -238,21 +244,6 @@ impl Swrk {
             .map_err(SwrkError::Connection)
     }
 
-    async fn receive(&self) -> Result<Response, SwrkError> {
-        let mut buffer = vec![0; MAX_MESSAGE_BYTES];
-        let len = self
-            .socket
-            .async_io(tokio::io::Interest::READABLE, |fd| {
-                recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
-            })
-            .await
-            .map_err(SwrkError::Connection)?;
-        if len == 0 {
-            return Err(SwrkError::Connection(io::ErrorKind::UnexpectedEof.into()));
-        }
-        Response::decode(&buffer[..len]).map_err(SwrkError::Message)
-    }
-
     fn explain(&self, answer: &Response) -> String {
         log::explain(&self.images.join(LOG_FILE), &self.images.join(STDERR_FILE), answer.error.as_deref())
     }
@@ -266,6 +257,33 @@ impl Swrk {
         std::fs::read(self.images.join(LOG_FILE))
             .is_ok_and(|text| log::is_in_flight(&String::from_utf8_lossy(&text)))
     }
+}
+
+async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Response, SwrkError> {
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    let len = socket
+        .async_io(tokio::io::Interest::READABLE, |fd| {
+            recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
+        })
+        .await
+        .map_err(SwrkError::Connection)?;
+    decode(&buffer[..len])
+}
+
+/// A message that is there already.
+fn take(socket: &OwnedFd) -> Result<Response, SwrkError> {
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+        Ok(len) => decode(&buffer[..len]),
+        Err(_) => decode(&[]),
+    }
+}
+
+fn decode(message: &[u8]) -> Result<Response, SwrkError> {
+    if message.is_empty() {
+        return Err(SwrkError::Connection(io::ErrorKind::UnexpectedEof.into()));
+    }
+    Response::decode(message).map_err(SwrkError::Message)
 }
 
 fn options() -> Options {

@@ -1,11 +1,16 @@
-//! Silence for a backend's address around the freeze, in both directions.
+//! Silence for a backend's address: at the source around the freeze in both directions, at the target until it may run
+//! in the one towards clients.
 //!
 //! A packet that still reaches a frozen source would be acknowledged by its kernel and lost with it, and one
 //! that reaches a killed source would be answered with a reset. So two nftables rules, ahead of everything
 //! else, drop what comes for the address and what leaves from it. (CRIU's own lock does the same per
 //! connection, which costs more than the dump of the sockets.)
 //!
-//! One table per backend. The address is an element of a set with a timeout, so that the rules end by
+//! A restored copy's connections are live before it may run. Should it be killed then, by the death of its CRIU for
+//! instance, its kernel would end them all with resets, or, worse, the copy might run and answer; nobody must hear
+//! either. What comes for it is let through: it waits in the sockets for the copy to run.
+//!
+//! One table per backend. At the source the address is an element of a set with a timeout, so that the rules end by
 //! themselves if the agent dies: its CRIU then lets the source run, and it must be heard again.
 //!
 //! Starting `nft` takes milliseconds. An [`Armed`] `nft` was started before the freeze and waits for its
@@ -56,6 +61,15 @@ pub enum Scope {
     AddressAndPort,
 }
 
+/// What is kept from passing.
+#[derive(Clone, Copy, Debug)]
+enum Direction {
+    /// What comes for the backend and what leaves from it.
+    Both,
+    /// What leaves from it.
+    Out,
+}
+
 /// The silence of one backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Silence {
@@ -83,7 +97,12 @@ impl Silence {
 
     /// Starts an `nft` that waits to put the rules in place, for at most `timeout`.
     pub fn arm(&self, timeout: Duration) -> Result<Armed, SilenceError> {
-        Armed::start(self.rules(timeout))
+        Armed::start(self.rules(Direction::Both, Some(timeout)))
+    }
+
+    /// Starts an `nft` that waits to keep what leaves from the address from leaving, until that is lifted.
+    pub fn arm_muting(&self) -> Result<Armed, SilenceError> {
+        Armed::start(self.rules(Direction::Out, None))
     }
 
     /// Removes them now; it is no error if there are none.
@@ -102,7 +121,7 @@ impl Silence {
         lifted.await.unwrap_or_else(|_| Err(SilenceError::Netlink(io::ErrorKind::Interrupted.into())))
     }
 
-    fn rules(&self, timeout: Duration) -> String {
+    fn rules(&self, direction: Direction, timeout: Option<Duration>) -> String {
         let table = &self.table;
         let ip = self.address.ip();
         let (family, kind) = match ip {
@@ -121,13 +140,19 @@ impl Silence {
             ),
         };
         // Rounded up: a silence that ends too early is worse than one that ends late.
-        let seconds = timeout.as_secs() + 1;
+        let timeout = timeout.map_or(String::new(), |timeout| format!(" timeout {}s", timeout.as_secs() + 1));
+        let chain_in = match direction {
+            Direction::Both => {
+                format!("chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n")
+            }
+            Direction::Out => String::new(),
+        };
         // Ahead of connection tracking (-200) and of everything that other software puts at -300. A table
         // that was there before is not deleted here, since that waits for every processor: `sweep` was.
         format!(
             "table inet {table} {{\n\
-             set silent {{ type {kind}; flags timeout; elements = {{ {element} timeout {seconds}s }}; }}\n\
-             chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n\
+             set silent {{ type {kind}; flags timeout; elements = {{ {element}{timeout} }}; }}\n\
+             {chain_in}\
              chain out {{ type filter hook output priority -400; {from} @silent drop; }}\n\
              }}\n"
         )
@@ -231,7 +256,7 @@ mod tests {
     #[test]
     fn rules_say_what_is_dropped() {
         let v4 = Silence::new("chat-1", "10.1.0.1:6379".parse().unwrap(), Protocol::Tcp, Scope::Address);
-        let rules = v4.rules(Duration::from_millis(5500));
+        let rules = v4.rules(Direction::Both, Some(Duration::from_millis(5500)));
         assert!(rules.contains("table inet drover_chat_2d1 {"), "{rules}");
         assert!(rules.contains("elements = { 10.1.0.1 timeout 6s }"), "{rules}");
         assert!(rules.contains("prerouting priority -400; ip daddr @silent drop;"), "{rules}");
@@ -239,10 +264,14 @@ mod tests {
 
         let address = "[fd00:1::1]:27960".parse().unwrap();
         let v6 = Silence::new("arena", address, Protocol::Udp, Scope::AddressAndPort);
-        let rules = v6.rules(Duration::ZERO);
+        let rules = v6.rules(Direction::Both, Some(Duration::ZERO));
         assert!(rules.contains("type ipv6_addr . inet_proto . inet_service"), "{rules}");
         assert!(rules.contains("{ fd00:1::1 . udp . 27960 timeout 1s }"), "{rules}");
         assert!(rules.contains("ip6 daddr . meta l4proto . th dport @silent drop"), "{rules}");
+
+        let rules = v4.rules(Direction::Out, None);
+        assert!(rules.contains("elements = { 10.1.0.1 };") && rules.contains("ip saddr @silent"), "{rules}");
+        assert!(!rules.contains("daddr"), "{rules}");
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! What an agent leaves behind so that the next one finds its workloads: one small file per workload in the
-//! state folder. A record is there exactly as long as the workload is to outlive the agent.
+//! What an agent leaves behind so that the next one finds its workloads: small files in the state folder. A workload's
+//! record is there exactly as long as it is to outlive the agent; its mark of having left, from before its images leave
+//! until it runs here again.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::holder::HolderPid;
 use super::processes::{self, Process};
@@ -33,12 +34,31 @@ impl Records {
         }
     }
 
-    /// Writes a record, at once or not at all.
+    /// Writes a record, at once or not at all. The workload is here then, whatever it did before.
     pub fn write(&self, workload: &str, holder: HolderPid) -> io::Result<()> {
         let path = self.path(workload);
         let new = path.with_extension("new");
         std::fs::write(&new, serde_json::to_vec(&holder)?)?;
-        std::fs::rename(new, path)
+        std::fs::rename(new, path)?;
+        self.set_left(workload, false)
+    }
+
+    /// Whether the workload may run at another site: then it must not be started here because of its configuration.
+    pub fn has_left(&self, workload: &str) -> bool {
+        self.left_path(workload).exists()
+    }
+
+    /// Marks a workload as one that may run at another site, or takes the mark off. Not flushed to the disk: what that
+    /// takes would be added to a freeze.
+    pub fn set_left(&self, workload: &str, left: bool) -> io::Result<()> {
+        let path = self.left_path(workload);
+        match left {
+            true => std::fs::write(path, ""),
+            false => match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        }
     }
 
     /// Removes a record; one that is not there is removed already.
@@ -50,8 +70,12 @@ impl Records {
         }
     }
 
+    fn left_path(&self, workload: &str) -> PathBuf {
+        self.folder.join(format!("{workload}.left"))
+    }
+
     fn path(&self, workload: &str) -> PathBuf {
-        Path::new(&self.folder).join(format!("{workload}.json"))
+        self.folder.join(format!("{workload}.json"))
     }
 }
 
@@ -84,5 +108,19 @@ mod tests {
         assert_eq!(records.find("chat-1"), None);
         assert!(!folder.path().join("workloads/chat-1.json").exists());
         records.remove("chat-1");
+    }
+
+    #[test]
+    fn a_workload_has_left_until_it_is_here_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let records = Records::open(folder.path().to_owned()).unwrap();
+        assert!(!records.has_left("chat-1"));
+        records.set_left("chat-1", true).unwrap();
+        records.remove("chat-1");
+        assert!(Records::open(folder.path().to_owned()).unwrap().has_left("chat-1"));
+        assert!(!records.has_left("chat-2"));
+        records.write("chat-1", HolderPid { pid: 1, start_ticks: 1 }).unwrap();
+        assert!(!records.has_left("chat-1"));
+        records.set_left("chat-1", false).unwrap();
     }
 }

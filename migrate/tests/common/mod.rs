@@ -16,13 +16,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use migrate::coordinator::{
-    AgentAt, Cutover, CutoverError, DEFAULT_DRAIN, HoldRequest, Policy, Progress, Protocol, Report, Spec,
+    AgentAt, Cutover, CutoverError, DEFAULT_DRAIN, Decision, HoldRequest, Orders, Policy, Progress, Protocol,
+    Report, Spec,
 };
 use migrate::tls::pki::{self, Validity};
 use migrate::tls::{Credentials, Files, Identity};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
 pub const DEADLINE: Duration = Duration::from_secs(5);
 pub const BACKEND: &str = "chat-1";
@@ -280,7 +280,7 @@ impl Lab {
     /// Runs one migration with the coordinator in the router's namespace; `watch` sees its progress.
     pub fn migrate(self: &Arc<Self>, spec: Spec, watch: impl FnMut(&Progress) + Send) -> Report {
         self.coordinate(watch, |lab, progress| async move {
-            migrate::coordinator::run(spec, Gate::at(&lab), CancellationToken::new(), progress).await
+            migrate::coordinator::run(spec, Gate::at(&lab), Orders::none(), progress).await
         })
     }
 
@@ -454,6 +454,10 @@ impl Cutover for Gate {
         let before = *self.before.lock().unwrap();
         Ok(self.set(Route::To(before)))
     }
+
+    fn record(&self, _: Decision) -> Result<(), CutoverError> {
+        Ok(())
+    }
 }
 
 /// A gate whose owner crashes at the flip: just before it, or just after.
@@ -480,6 +484,10 @@ impl Cutover for Crashing {
 
     fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError> {
         self.gate.resume(backend, generation)
+    }
+
+    fn record(&self, decision: Decision) -> Result<(), CutoverError> {
+        self.gate.record(decision)
     }
 }
 

@@ -48,6 +48,7 @@ pub(super) fn daemon(
             nat_source6: address::NAT_SOURCE6,
         },
         hold,
+        migrations: Migrations { journal: lab.dir().join("lb.redb") },
         tls,
         sites: Site::ALL.map(|site| SiteEntry {
             name: site.name(),
@@ -103,6 +104,7 @@ struct Daemon<'a> {
     admin: Admin,
     datapath: Datapath<'a>,
     hold: &'a HoldOptions,
+    migrations: Migrations,
     tls: &'a Files,
     sites: [SiteEntry; 2],
     backends: Vec<Backend<'a>>,
@@ -120,6 +122,11 @@ struct Datapath<'a> {
     pin_path: &'a Path,
     nat_source4: &'static str,
     nat_source6: &'static str,
+}
+
+#[derive(Serialize)]
+struct Migrations {
+    journal: PathBuf,
 }
 
 #[derive(Serialize)]

@@ -72,6 +72,7 @@ async fn every_described_route_answers_as_described() {
         "hold" => hold().to_string(),
         "flip" => json!({"generation": 2, "to": "fra"}).to_string(),
         "reload" => json!({"check": false}).to_string(),
+        "resolve" => json!({"as": "committed"}).to_string(),
         "resume" => json!({"generation": 1}).to_string(),
         "migrations" => json!({"backend": "chat-1", "to": "fra"}).to_string(),
         _ => String::new(),
@@ -103,7 +104,7 @@ async fn every_described_route_answers_as_described() {
             }
         }
     }
-    assert_eq!(seen, 2 * 21, "a route came or went: see to its description");
+    assert_eq!(seen, 2 * 22, "a route came or went: see to its description");
 }
 
 #[tokio::test]
@@ -115,6 +116,7 @@ async fn described_requests_are_the_ones_that_are_taken() {
         ("/v1/backends/nobody/flip", "FlipRequest"),
         ("/v1/backends/nobody/resume", "ResumeRequest"),
         ("/v1/migrations", "MigrationRequest"),
+        ("/v1/migrations/m-0/resolve", "ResolveRequest"),
         ("/v1/reload", "ReloadRequest"),
     ] {
         let schema = &description["components"]["schemas"][request];

@@ -16,7 +16,7 @@ use tokio_util::sync::DropGuard;
 
 use super::*;
 use crate::client::AdminClient;
-use crate::migrations::Script;
+use crate::migrations::{Journal, Script};
 use crate::reload::Reloader;
 use crate::testing::TestControl;
 
@@ -53,10 +53,11 @@ impl Server {
     pub(crate) async fn new(play: Play) -> Self {
         let control = TestControl::new();
         let script = Script::new(play);
-        let migrations =
-            Arc::new(Migrations::new(control.control.clone(), control.config.clone(), script.clone()));
         let stop = CancellationToken::new();
         let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::at(&dir.path().join("journal.redb"));
+        let (gates, current) = (control.control.clone(), control.config.clone());
+        let migrations = Arc::new(Migrations::new(gates, current, script.clone(), journal));
         let file = dir.path().join("lb.toml");
         std::fs::write(&file, crate::testing::CONFIG).unwrap();
         let (config, gates) = (control.config.clone(), control.control.clone());

@@ -63,6 +63,7 @@ fn defaults_are_filled_in() {
     let config = Config::parse(GOOD, "t.toml").unwrap();
     assert_eq!(config.admin.listen, "127.0.0.1:7400".parse().unwrap());
     assert_eq!(config.datapath.pin_path, PathBuf::from("/sys/fs/bpf/drover"));
+    assert_eq!(config.migrations.journal, PathBuf::from("/var/lib/drover/lb.redb"));
     assert_eq!(config.hold.limits.max_bytes, 64 << 20);
     assert_eq!(config.hold.limits.max_age, Duration::from_secs(10));
     assert_eq!(config.hold.limits.overflow, Overflow::DropNewest);
@@ -87,9 +88,10 @@ fn defaults_are_filled_in() {
 
 #[test]
 fn what_is_said_is_taken() {
-    let more = "[admin]\nlisten = '[::1]:9'\n[hold]\nmax_bytes = '1 MiB'\nmax_age_ms = 7\ndeadline_ms = 8\noverflow = 'drop-oldest'\n";
+    let more = "[migrations]\njournal = '/j'\n[admin]\nlisten = '[::1]:9'\n[hold]\nmax_bytes = '1 MiB'\nmax_age_ms = 7\ndeadline_ms = 8\noverflow = 'drop-oldest'\n";
     let config = Config::parse(&format!("{more}{GOOD}"), "t.toml").unwrap();
     assert_eq!(config.admin.listen, "[::1]:9".parse().unwrap());
+    assert_eq!(config.migrations.journal, PathBuf::from("/j"));
     assert_eq!(config.hold.limits.max_bytes, 1 << 20);
     assert_eq!(config.hold.limits.max_age, Duration::from_millis(7));
     assert_eq!(config.hold.limits.overflow, Overflow::DropOldest);
@@ -176,6 +178,11 @@ fn each_mistake_has_its_own_line() {
         "t.toml:3: admin.listen: \"7400\" is not an address",
     );
     one("[datapath]", "[admin]\nlisten = '127.0.0.1:0'\n[datapath]", "port 0");
+    one(
+        "[datapath]",
+        "[migrations]\njournal = 'j'\n[datapath]",
+        "migrations.journal: \"j\" is not an absolute path",
+    );
     one("[datapath]", "[datapath]\npin_path = 'here'", "datapath.pin_path: \"here\" is not an absolute path");
 }
 

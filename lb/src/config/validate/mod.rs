@@ -18,7 +18,7 @@ use super::error::Collector;
 use super::prefix::{Family, Prefix};
 use super::raw::{self, Number, Raw, Text};
 use super::read::Field;
-use super::{Admin, Config, Datapath, Hold, HookChoice, MAX_DEADLINE_MS, size};
+use super::{Admin, Config, Datapath, Hold, HookChoice, MAX_DEADLINE_MS, Migrations, size};
 use crate::datapath::{HoldLimits, Overflow, Plan};
 
 /// A queue below this would overflow with the first burst of one client's window.
@@ -32,6 +32,8 @@ pub(super) fn validate(raw: Raw, errors: &mut Collector) -> Option<Config> {
     let limits = limits::limits(&raw.limits, errors);
     let datapath = datapath(&raw.datapath, limits, errors);
     let hold = hold(&raw.hold, errors);
+    let journal = absolute(&raw.migrations.journal, "/var/lib/drover/lb.redb", errors);
+    let migrations = Migrations { journal };
     let flows = limits::flow_times(&raw.flows, errors);
     let (sites, agents) = sites::sites(&raw, errors);
     let tls = raw.tls.as_ref().and_then(|raw| tls(raw, errors));
@@ -46,7 +48,7 @@ pub(super) fn validate(raw: Raw, errors: &mut Collector) -> Option<Config> {
     services::warn_of_dsr(&services, &backends, &mut warnings);
     room(&raw, services.iter().map(|service| service.backends.len()).sum(), &limits, errors);
     let plan = Plan { sites, backends, services };
-    Some(Config { admin: admin?, datapath, hold, flows, plan, checks, agents, tls, warnings })
+    Some(Config { admin: admin?, datapath, hold, migrations, flows, plan, checks, agents, tls, warnings })
 }
 
 /// Whether the tables will have room.
@@ -101,30 +103,14 @@ fn admin(raw: &raw::Admin, warnings: &mut Vec<String>, errors: &mut Collector) -
 
 /// Where the files are; whether they can be used is seen when they are.
 fn tls(raw: &raw::Tls, errors: &mut Collector) -> Option<migrate::tls::Files> {
-    let mut path = |field: &Text| {
-        let field = field.as_ref()?;
-        let path = PathBuf::from(&field.value);
-        if !path.is_absolute() {
-            errors.push(&field.at, &field.path, format!("{:?} is not an absolute path", field.value));
-        }
-        Some(path)
-    };
+    let mut path = |field: &Text| field.is_some().then(|| absolute(field, "", errors));
     let (ca, certificate, key) = (path(&raw.ca), path(&raw.certificate), path(&raw.key));
     Some(migrate::tls::Files { ca: ca?, certificate: certificate?, key: key? })
 }
 
 fn datapath(raw: &raw::Datapath, limits: super::Limits, errors: &mut Collector) -> Datapath {
     let interfaces = raw.interfaces.as_ref().map(|field| interfaces(field, errors)).unwrap_or_default();
-    let pin_path = match &raw.pin_path {
-        Some(field) => {
-            let path = PathBuf::from(&field.value);
-            if !path.is_absolute() {
-                errors.push(&field.at, &field.path, format!("{:?} is not an absolute path", field.value));
-            }
-            path
-        }
-        None => PathBuf::from("/sys/fs/bpf/drover"),
-    };
+    let pin_path = absolute(&raw.pin_path, "/sys/fs/bpf/drover", errors);
     let hooks = [("xdp", HookChoice::Xdp), ("tc", HookChoice::Tc), ("auto", HookChoice::Auto)];
     Datapath {
         interfaces,
@@ -134,6 +120,16 @@ fn datapath(raw: &raw::Datapath, limits: super::Limits, errors: &mut Collector) 
         nat_source4: nat_source::<Ipv4Addr>(&raw.nat_source4, errors),
         nat_source6: nat_source::<Ipv6Addr>(&raw.nat_source6, errors),
     }
+}
+
+/// A path, which must not depend on where the daemon was started.
+fn absolute(field: &Text, default: &str, errors: &mut Collector) -> PathBuf {
+    let Some(field) = field else { return PathBuf::from(default) };
+    let path = PathBuf::from(&field.value);
+    if !path.is_absolute() {
+        errors.push(&field.at, &field.path, format!("{:?} is not an absolute path", field.value));
+    }
+    path
 }
 
 fn interfaces(field: &Field<Vec<String>>, errors: &mut Collector) -> Vec<String> {
