@@ -19,6 +19,7 @@
 //! * [`tls`]: who is who between them: certificates, and the CA that makes them.
 //! * [`criu`]: CRIU's RPC, its process, and reading its log.
 //! * [`workload`]: running a server in namespaces of its own, and finding it again.
+//! * [`checks`]: what is looked at in *prepare* so that nothing fails later.
 //! * [`net`]: silencing an address, watching queues drain, taking connections off the wire.
 //! * [`decapsulator`]: the site's end of the load balancer's tunnels, where there is no device for it.
 //! * [`agent`]: the site agent: configuration, HTTP server, and the drivers of the roles.
@@ -28,6 +29,7 @@
 //! when it is silent.
 
 pub mod agent;
+pub mod checks;
 pub mod client;
 pub mod coordinator;
 pub mod criu;

@@ -15,6 +15,7 @@ use migrate::agent::site::Site;
 use migrate::workload::enter::{self, What};
 use migrate::workload::holder::HolderPid;
 use migrate::workload::init;
+use migrate::workload::user::Identity;
 
 /// Moves running servers between sites, with their connections.
 #[derive(Debug, Parser)]
@@ -36,6 +37,7 @@ enum Command {
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
     ///     certificate = "/etc/drover/agent-ams.pem"
@@ -53,6 +55,12 @@ enum Command {
     ///     dir = "/srv/chat"                  # optional working directory
     ///     log = "/srv/chat/log"              # optional; the same file at every site
     ///     start = true                       # start it here
+    ///     user = "redis"                     # optional: a name, UID or UID:GID; by default the agent's, root
+    ///     env = { LANG = "C.UTF-8" }         # optional: set besides the agent's own environment
+    ///     [workloads.cgroup]                 # optional
+    ///     path = "drover/chat-1"             # below the root of the host's hierarchies, of version 1 or 2
+    ///     memory_max_mib = 512               # optional
+    ///     pids_max = 100                     # optional; threads count too
     #[command(verbatim_doc_comment)]
     Agent {
         /// The agent's configuration.
@@ -83,6 +91,8 @@ enum Command {
     Enter {
         #[arg(long)]
         holder: HolderPid,
+        #[arg(long)]
+        cgroup: Vec<PathBuf>,
         #[command(subcommand)]
         what: EnterWhat,
     },
@@ -93,6 +103,8 @@ enum Command {
         dir: PathBuf,
         #[arg(long)]
         log: Option<PathBuf>,
+        #[arg(long)]
+        user: Option<Identity>,
         #[arg(last = true)]
         argv: Vec<String>,
     },
@@ -109,6 +121,8 @@ enum EnterWhat {
         dir: PathBuf,
         #[arg(long)]
         log: Option<PathBuf>,
+        #[arg(long)]
+        user: Option<Identity>,
         #[arg(last = true)]
         argv: Vec<String>,
     },
@@ -124,10 +138,14 @@ fn main() -> ExitCode {
         Command::Init { first_pid, kernel_cache } => {
             init::run(first_pid, kernel_cache.as_deref()).map(|()| 0)
         }
-        Command::Launch { dir, log, argv } => enter::launch(&dir, log.as_deref(), &argv).map(|()| 0),
-        Command::Enter { holder, what } => match what {
-            EnterWhat::Criu { argv } => enter::run(holder, &What::Criu, &argv),
-            EnterWhat::Workload { dir, log, argv } => enter::run(holder, &What::Workload { dir, log }, &argv),
+        Command::Launch { dir, log, user, argv } => {
+            enter::launch(&dir, log.as_deref(), user, &argv).map(|()| 0)
+        }
+        Command::Enter { holder, cgroup, what } => match what {
+            EnterWhat::Criu { argv } => enter::run(holder, &cgroup, &What::Criu, &argv),
+            EnterWhat::Workload { dir, log, user, argv } => {
+                enter::run(holder, &cgroup, &What::Workload { dir, log, user }, &argv)
+            }
         },
     };
     match done {

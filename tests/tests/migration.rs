@@ -160,7 +160,26 @@ fn policy_drop_loses_nothing_of_tcp() {
 #[test]
 fn a_restore_that_fails_ends_at_the_source() {
     let lab = Lab::new().unwrap();
-    // The program itself is a file that a restore needs, and this copy of it is not there at the target.
+    // A file that is written to may have any size in prepare; the restore finds that it is another file there.
+    let [here, there] = ["here", "there"].map(|name| lab.dir().join(name));
+    std::fs::write(&here, "x").unwrap();
+    std::fs::write(&there, "another").unwrap();
+    let mut workload = Workload::redis(1);
+    let keep_open = format!("exec \"$@\" 9<>{}", here.display());
+    workload.command.splice(0..0, ["sh", "-c", &keep_open, "sh"].map(str::to_owned));
+    let replaced = vec![(Site::B, here, there)];
+    let drill =
+        Drill::within(lab, StackOptions { workloads: vec![workload], replaced, ..StackOptions::default() });
+    for _ in 0..2 {
+        let migration = drill.migrate(Site::B, Value::Null);
+        drill.rolled_back(&migration, "bad size");
+    }
+    drill.must_be_whole();
+}
+
+#[test]
+fn a_program_that_is_not_at_the_target_is_found_before_anything_is_held() {
+    let lab = Lab::new().unwrap();
     let only_here = lab.dir().join("only-here");
     std::fs::create_dir(&only_here).unwrap();
     let mut workload = Workload::redis(1);
@@ -173,6 +192,8 @@ fn a_restore_that_fails_ends_at_the_source() {
     for _ in 0..2 {
         let migration = drill.migrate(Site::B, Value::Null);
         drill.rolled_back(&migration, "only-here");
+        let phases = migration["report"]["phases"].as_array().unwrap();
+        assert!(phases.iter().all(|phase| phase["name"] != "hold"), "{phases:?}");
     }
     drill.must_be_whole();
 }

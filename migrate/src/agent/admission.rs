@@ -18,6 +18,8 @@ use crate::tls::Identity;
 
 /// Whether an agent is up: for every caller.
 pub(super) const HEALTH: &str = "/healthz";
+/// Where a target hears what the workload needs: for the agent of the migration's source.
+pub(super) const MANIFEST: &str = "/v1/migrations/{id}/manifest";
 /// Where a target takes images: for the agent of the migration's source.
 pub(super) const IMAGES: &str = "/v1/migrations/{id}/images";
 
@@ -42,22 +44,22 @@ fn check(site: &Site, caller: &Caller, request: &Request) -> Result<(), Refusal>
     let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     match may(caller, request.method(), route) {
         May::Pass => Ok(()),
-        May::SendImagesFrom(sender) => {
+        May::SendFrom(sender) => {
             let path = request.uri().path();
-            let id = path.strip_prefix("/v1/migrations/").and_then(|rest| rest.strip_suffix("/images"));
-            let id = id.unwrap_or_default();
+            let rest = path.strip_prefix("/v1/migrations/").and_then(|rest| rest.split_once('/'));
+            let id = rest.map_or("", |(id, _)| id);
             let session = known_as(site, id, Role::Target)?;
             if session.peer_site.get().is_some_and(|from| from == sender) {
                 return Ok(());
             }
-            let detail = format!("migration {id:?} takes no images from the agent of site {sender:?}");
+            let detail = format!("migration {id:?} takes nothing from the agent of site {sender:?}");
             Err(Refusal::new(StatusCode::FORBIDDEN, detail))
         }
         May::Not(agent) => Err(Refusal::new(
             StatusCode::FORBIDDEN,
             format!(
                 "this is for coordinators, and the certificate is that of the agent of site {agent:?}, which may only \
-                 send images to a migration's target"
+                 send a manifest and images to a migration's target"
             ),
         )),
     }
@@ -67,8 +69,8 @@ fn check(site: &Site, caller: &Caller, request: &Request) -> Result<(), Refusal>
 #[derive(Debug, PartialEq, Eq)]
 enum May<'a> {
     Pass,
-    /// If the migration expects them from this site.
-    SendImagesFrom(&'a str),
+    /// If the migration expects it from this site.
+    SendFrom(&'a str),
     /// Since it is this site's agent.
     Not(&'a str),
 }
@@ -78,7 +80,7 @@ fn may<'a>(caller: &'a Caller, method: &Method, route: Option<&str>) -> May<'a> 
         Caller::Anyone | Caller::Known(Identity::Coordinator(_)) => May::Pass,
         Caller::Known(Identity::Agent(site)) => match route {
             Some(HEALTH) => May::Pass,
-            Some(IMAGES) if method == Method::POST => May::SendImagesFrom(site),
+            Some(IMAGES | MANIFEST) if method == Method::POST => May::SendFrom(site),
             _ => May::Not(site),
         },
     }
@@ -89,11 +91,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_agent_sends_images_and_commands_nothing() {
+    fn an_agent_sends_what_it_has_and_commands_nothing() {
         let agent = Caller::Known(Identity::Agent("ams".into()));
         for (method, route, expected) in [
             (Method::GET, Some(HEALTH), May::Pass),
-            (Method::POST, Some(IMAGES), May::SendImagesFrom("ams")),
+            (Method::POST, Some(IMAGES), May::SendFrom("ams")),
+            (Method::POST, Some(MANIFEST), May::SendFrom("ams")),
             (Method::GET, Some(IMAGES), May::Not("ams")),
             (Method::GET, Some("/v1/workloads"), May::Not("ams")),
             (Method::POST, Some("/v1/workloads/{name}/stop"), May::Not("ams")),

@@ -1,5 +1,6 @@
 //! `agent.toml`: read, then validated into another type, with every error naming its place.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,8 @@ use serde::Deserialize;
 use crate::decapsulator::config::{self as decapsulator, RawDecapsulator};
 use crate::protocol::{Protocol, is_valid_id};
 use crate::tls::Files;
+use crate::workload::cgroup::{Cgroup, CgroupError};
+use crate::workload::user::UserName;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +48,8 @@ struct RawConfig {
     insecure: bool,
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
+    #[serde(default = "spare_memory_mib")]
+    spare_memory_mib: u64,
     decapsulator: Option<RawDecapsulator>,
     #[serde(default)]
     workloads: Vec<RawWorkload>,
@@ -61,6 +66,23 @@ struct RawWorkload {
     log: Option<PathBuf>,
     #[serde(default)]
     start: bool,
+    user: Option<String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    cgroup: Option<RawCgroup>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawCgroup {
+    path: PathBuf,
+    memory_max_mib: Option<u64>,
+    pids_max: Option<u64>,
+}
+
+/// What a host needs to stay usable.
+fn spare_memory_mib() -> u64 {
+    64
 }
 
 /// A site agent's configuration.
@@ -76,6 +98,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Program and leading arguments of CRIU, if not the default.
     pub criu: Option<Vec<String>>,
+    /// Available memory that a migration has to leave.
+    pub spare_memory_bytes: u64,
     /// The site's end of the load balancer's tunnels, where it is ours.
     pub decapsulator: Option<decapsulator::Config>,
     /// What may run here.
@@ -118,6 +142,19 @@ pub struct Workload {
     pub log: Option<PathBuf>,
     /// Whether this agent starts it.
     pub start: bool,
+    /// As whom it runs; as the agent if `None`. What has moved stays who it was.
+    pub user: Option<UserName>,
+    /// Set besides the agent's own environment.
+    pub env: BTreeMap<String, String>,
+    /// What bounds it at this site.
+    pub cgroup: Option<Cgroup>,
+}
+
+impl Workload {
+    /// Makes its control group; gives the folders by which it is joined, none if there is none.
+    pub fn make_cgroup(&self) -> Result<Vec<PathBuf>, CgroupError> {
+        self.cgroup.as_ref().map_or_else(|| Ok(Vec::new()), Cgroup::make)
+    }
 }
 
 impl Config {
@@ -161,6 +198,12 @@ impl RawConfig {
                 if other.name == workload.name {
                     return Err((place, "the name is taken by a workload above".to_owned()));
                 }
+                if let (Some(cgroup), Some(others)) = (&workload.cgroup, &other.cgroup)
+                    && cgroup.path() == others.path()
+                {
+                    let problem = format!("the path is taken by workload {:?}", other.name);
+                    return Err((format!("{place}: cgroup: path"), problem));
+                }
                 if (other.address, other.protocol) == (workload.address, workload.protocol) {
                     let problem = format!("the address is taken by workload {:?}", other.name);
                     return Err((format!("{place}: address"), problem));
@@ -177,7 +220,20 @@ impl RawConfig {
             raw.validate(&self.site).map_err(|(key, problem)| (format!("decapsulator: {key}"), problem))
         });
         let decapsulator = decapsulator.transpose()?;
-        Ok(Config { site: self.site, listen, transport, state_dir, criu: self.criu, decapsulator, workloads })
+        let spare_memory_bytes = self
+            .spare_memory_mib
+            .checked_mul(1 << 20)
+            .ok_or_else(|| at("spare_memory_mib", "mebibytes are meant, such as 64"))?;
+        Ok(Config {
+            site: self.site,
+            listen,
+            transport,
+            state_dir,
+            criu: self.criu,
+            spare_memory_bytes,
+            decapsulator,
+            workloads,
+        })
     }
 }
 
@@ -223,6 +279,18 @@ impl RawWorkload {
                 return Err(at(key, "an absolute path is meant"));
             }
         }
+        let user = self.user.map(|user| user.parse::<UserName>()).transpose();
+        let user = user.map_err(|error| at("user", &error.to_string()))?;
+        for (name, value) in &self.env {
+            // environ(7): a name ends at the first `=`, and both end at the first zero byte.
+            if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+                return Err(at(
+                    "env",
+                    &format!("{name:?} cannot be a variable's name, or its value not one"),
+                ));
+            }
+        }
+        let cgroup = self.cgroup.map(RawCgroup::validate).transpose()?;
         Ok(Workload {
             name: self.name,
             address,
@@ -231,7 +299,29 @@ impl RawWorkload {
             dir,
             log: self.log,
             start: self.start,
+            user,
+            env: self.env,
+            cgroup,
         })
+    }
+}
+
+impl RawCgroup {
+    fn validate(self) -> Result<Cgroup, Problem> {
+        let at = |place: &str, problem: &str| (format!("cgroup: {place}"), problem.to_owned());
+        let mut cgroup = Cgroup::at(&self.path).ok_or_else(|| {
+            at("path", "a path below the hierarchies' roots is meant, such as drover/chat-1")
+        })?;
+        let bytes = |mib: u64| mib.checked_mul(1 << 20).filter(|bytes| *bytes > 0);
+        if let Some(mib) = self.memory_max_mib {
+            let bad = || at("memory_max_mib", "at least one mebibyte is meant, such as 512");
+            cgroup.memory_max_bytes = Some(bytes(mib).ok_or_else(bad)?);
+        }
+        if self.pids_max == Some(0) {
+            return Err(at("pids_max", "at least one task is meant, such as 100"));
+        }
+        cgroup.pids_max = self.pids_max;
+        Ok(cgroup)
     }
 }
 
@@ -269,12 +359,26 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         let config = parse(GOOD).unwrap();
         assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
         assert_eq!(config.workloads[0].dir, Path::new("/"));
+        assert_eq!(config.spare_memory_bytes, 64 << 20);
         assert!(config.workloads[0].start);
         assert_eq!(config.decapsulator, None);
         let config = parse(&format!("{GOOD}{DECAPSULATOR}")).unwrap().decapsulator.unwrap();
         assert_eq!(config.hook, decapsulator::HookChoice::Auto);
         assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/drover-agent/ams"));
         assert!(config.from.is_empty() && config.endpoints.len() == 2);
+    }
+
+    #[test]
+    fn a_process_has_its_options() {
+        let options = "user = \"33:7\"\nenv = { LANG = \"C\", EMPTY = \"\" }\n\
+                       [workloads.cgroup]\npath = \"drover/chat-1\"\nmemory_max_mib = 512\npids_max = 9\n";
+        let workload = parse(&format!("{GOOD}{options}")).unwrap().workloads.remove(0);
+        assert_eq!(workload.user, Some(UserName::Numbers { uid: 33, gid: Some(7) }));
+        assert_eq!(workload.env.len(), 2);
+        let cgroup = workload.cgroup.unwrap();
+        assert_eq!((cgroup.memory_max_bytes, cgroup.pids_max), (Some(512 << 20), Some(9)));
+        let plain = parse(GOOD).unwrap().workloads.remove(0);
+        assert_eq!((plain.user, plain.env.len(), plain.cgroup), (None, 0, None));
     }
 
     #[test]
@@ -308,12 +412,32 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
             ("ca =", "cas =", "unknown field `cas`"),
             ("[tls]", "insecure = true\n[tls]", "agent.toml: insecure: there is a section [tls]"),
             ("site =", "sites =", "unknown field `sites`"),
+            (
+                "site =",
+                "spare_memory_mib = 99999999999999\nsite =",
+                "agent.toml: spare_memory_mib: mebibytes",
+            ),
             ("start = true", "start = 1", "line 13"),
             ("protocol = \"tcp\"", "protocol = \"sctp\"", "sctp"),
             ("10.1.0.1:6379", "10.1.0.1/32", "workloads[0] \"chat-1\": address: "),
             ("10.1.0.1:6379", "0.0.0.0:6379", "workloads[0] \"chat-1\": address: "),
             ("[\"redis-server\"]", "[]", "workloads[0] \"chat-1\": command: "),
             ("start = true", "dir = \"x\"", "workloads[0] \"chat-1\": dir: "),
+            (
+                "start = true",
+                "user = \"a b\"",
+                "workloads[0] \"chat-1\": user: \"a b\" is no user: a name, UID or",
+            ),
+            ("start = true", "env = { \"A=B\" = \"x\" }", "workloads[0] \"chat-1\": env: \"A=B\" cannot be"),
+            ("start = true", "env = { A = 1 }", "expected a string"),
+            ("start = true", "cgroup = { path = \"/x\" }", "workloads[0] \"chat-1\": cgroup: path: "),
+            ("start = true", "cgroup = { path = \"x\", pids_max = 0 }", "cgroup: pids_max: at least one"),
+            (
+                "start = true",
+                "cgroup = { path = \"x\", memory_max_mib = 0 }",
+                "cgroup: memory_max_mib: at least",
+            ),
+            ("start = true", "cgroup = { path = \"x\", cpu = 1 }", "unknown field `cpu`"),
         ] {
             let error = parse(&GOOD.replace(from, to)).unwrap_err().to_string();
             assert!(error.contains(place), "{to}: {error}");
@@ -344,5 +468,9 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         let same_address = twice.replacen("chat-1", "chat-0", 1);
         let error = parse(&same_address).unwrap_err().to_string();
         assert!(error.contains("taken by workload \"chat-0\""), "{error}");
+        let same_group =
+            same_address.replacen("6379", "6380", 1).replace("start = true", "cgroup = { path = \"x\" }");
+        let error = parse(&same_group).unwrap_err().to_string();
+        assert!(error.contains("cgroup: path: the path is taken by workload \"chat-0\""), "{error}");
     }
 }

@@ -6,6 +6,7 @@
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
+//! * [`readiness`]: whether a workload can leave or enter the site, asked in *prepare*.
 //! * [`images`]: the images' folders, and sending and receiving them.
 //!
 //! What is not here: any decision about a migration as a whole.
@@ -14,6 +15,7 @@ pub(crate) mod admission;
 pub mod config;
 pub mod door;
 pub mod images;
+pub mod readiness;
 pub mod server;
 pub mod session;
 pub mod site;

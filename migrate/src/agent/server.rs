@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{FromRequest, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json};
@@ -17,13 +17,15 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 
-use super::admission::{self, HEALTH, IMAGES};
+use super::admission::{self, HEALTH, IMAGES, MANIFEST};
 use super::door::{Caller, Door, Entered};
-use super::session::{Ask, Session};
+use super::readiness::ReadinessError;
+use super::session::{Ask, Session, now_unix_us};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
 use crate::decapsulator;
+use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{
     AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
     WorkloadStatus, is_valid_id,
@@ -33,6 +35,8 @@ use crate::protocol::{
 const WINDOW_BYTES: u32 = 64 << 20;
 /// See [`crate::client`].
 const MAX_FRAME_BYTES: u32 = 1 << 20;
+/// A manifest names each file once: room for a hundred thousand of them.
+const MAX_MANIFEST_BYTES: usize = 32 << 20;
 /// How long a migration that is just ending, or was called off, may take before another begins.
 const SETTLE_LIMIT: Duration = Duration::from_secs(3);
 /// How long `go`, `release` and `abort` wait; less than the coordinator does.
@@ -110,6 +114,7 @@ fn router(site: Arc<Site>) -> axum::Router {
         .route("/v1/migrations/{id}", get(status).put(prepare))
         .route("/v1/migrations/{id}/events", get(events))
         .route("/v1/migrations/{id}/freeze", post(freeze))
+        .route(MANIFEST, post(manifest).layer(DefaultBodyLimit::max(MAX_MANIFEST_BYTES)))
         .route(IMAGES, post(images))
         .route("/v1/migrations/{id}/offer", post(offer))
         .route("/v1/migrations/{id}/go", post(go))
@@ -159,11 +164,26 @@ impl From<SiteError> for Refusal {
             SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } => StatusCode::CONFLICT,
             SiteError::Address { .. } => StatusCode::BAD_REQUEST,
             SiteError::Start { .. }
+            | SiteError::User(_)
+            | SiteError::Cgroup(_)
             | SiteError::Holder(_)
             | SiteError::Images(_)
             | SiteError::Silence(_)
             | SiteError::Decapsulator(_)
             | SiteError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, chain(&error))
+    }
+}
+
+impl From<ReadinessError> for Refusal {
+    fn from(error: ReadinessError) -> Self {
+        let status = match &error {
+            ReadinessError::Refused(_) => StatusCode::CONFLICT,
+            ReadinessError::Criu { .. }
+            | ReadinessError::Images(_)
+            | ReadinessError::Host(_)
+            | ReadinessError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, chain(&error))
     }
@@ -256,11 +276,14 @@ async fn perform_prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Answe
     match prepare.role {
         Role::Source => source::prepare(site, id, prepare).await.map_err(|error| match error {
             source::PrepareError::Site(error) => error.into(),
+            source::PrepareError::Readiness(error) => error.into(),
+            source::PrepareError::Unwelcome(detail) => Refusal::new(StatusCode::CONFLICT, detail),
             source::PrepareError::NoTarget => Refusal::new(StatusCode::BAD_REQUEST, error.to_string()),
             error => broken(&error),
         }),
         Role::Target => target::prepare(site, id, prepare).await.map_err(|error| match error {
             target::PrepareError::Site(error) => error.into(),
+            target::PrepareError::Readiness(error) => error.into(),
             error => broken(&error),
         }),
     }
@@ -317,6 +340,17 @@ async fn freeze(
     Ok(StatusCode::ACCEPTED)
 }
 
+async fn manifest(
+    State(site): State<Arc<Site>>,
+    Path(id): Path<String>,
+    Body_(manifest): Body_<Manifest>,
+) -> Answer<Json<Welcome>> {
+    let received_unix_us = now_unix_us();
+    let session = known_as(&site, &id, Role::Target)?;
+    site.may_enter(&session.workload, manifest).await?;
+    Ok(Json(Welcome { received_unix_us, answered_unix_us: now_unix_us() }))
+}
+
 async fn images(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<()> {
     let session = known_as(&site, &id, Role::Target)?;
     let stream = request.into_body().into_data_stream();
@@ -335,10 +369,10 @@ async fn go(
         let running = site.running(&body.workload).map_err(gone)?;
         site.take_up(&body.workload, body.offer)?;
         tracing::info!(migration = id, workload = body.workload, pid = running.1.pid, "runs already");
-        return Ok(Json(Running { at_unix_us: super::session::now_unix_us() }));
+        return Ok(Json(Running { at_unix_us: now_unix_us() }));
     };
     if runs_for_good(&session) {
-        return Ok(Json(Running { at_unix_us: super::session::now_unix_us() }));
+        return Ok(Json(Running { at_unix_us: now_unix_us() }));
     }
     let answer = session.ask_for(Ask::Go { offer: body.offer }, |event| match event {
         AgentEvent::Running(running) => Some(Ok(*running)),

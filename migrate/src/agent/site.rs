@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::config::{Config, Workload};
 use super::images::{self, ImagesError};
+use super::readiness::Readiness;
 use super::session::{Session, View};
 use crate::coordinator::machine::LEASE;
 use crate::criu::program::Program;
@@ -19,10 +20,12 @@ use crate::decapsulator::{Decapsulator, DecapsulatorError};
 use crate::net::repair;
 use crate::net::silence::{Scope, Silence, SilenceError};
 use crate::protocol::{WorkloadState, WorkloadStatus};
+use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
 use crate::workload::processes::{self, Process};
 use crate::workload::record::{Records, root_of};
 use crate::workload::sys;
+use crate::workload::user::{Identity, UserError};
 
 /// Numbers of offers after an agent's restart begin here.
 const FIRST_OFFER: u32 = 1 << 16;
@@ -80,6 +83,12 @@ pub enum SiteError {
         #[source]
         source: io::Error,
     },
+    /// As whom it is to run.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// What bounds it.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Namespaces.
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -121,6 +130,8 @@ pub struct Site {
     pub images: PathBuf,
     /// The end of the load balancer's tunnels, where it is ours.
     pub decapsulator: Option<Decapsulator>,
+    /// What checks have found out.
+    pub readiness: Readiness,
     places: Mutex<HashMap<String, Place>>,
     sessions: Mutex<VecDeque<Arc<Session>>>,
     /// Of copies that a former agent left stopped: the last offer of each, and since when.
@@ -147,10 +158,13 @@ impl Site {
             records,
             images,
             decapsulator,
+            readiness: Readiness::default(),
             places: Mutex::default(),
             sessions: Mutex::default(),
             offers: Mutex::default(),
         });
+        let looking = site.clone();
+        tokio::spawn(async move { looking.look_at_criu().await });
         for workload in &site.config.workloads {
             let name = &workload.name;
             if site.adopt(name).await {
@@ -233,10 +247,25 @@ impl Site {
         self.check_absent(name)?;
         self.check_address(workload)?;
         self.silence(workload).sweep().await?;
+        let started = self.start_absent(name, workload).await;
+        if started.is_err() {
+            self.remove_cgroup(name).await;
+        }
+        started
+    }
+
+    async fn start_absent(self: &Arc<Self>, name: &str, workload: &Workload) -> Result<(), SiteError> {
         let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.args(["enter", "--holder", &holder.pid().to_string(), "workload"]);
-        command.arg("--dir").arg(&workload.dir);
+        command.args(["enter", "--holder", &holder.pid().to_string()]);
+        for folder in workload.make_cgroup()? {
+            command.arg("--cgroup").arg(folder);
+        }
+        // They come to the workload through the programs in between, and stand in no list of arguments.
+        command.arg("workload").envs(&workload.env).arg("--dir").arg(&workload.dir);
+        if let Some(user) = &workload.user {
+            command.arg("--user").arg(Identity::find(user)?.to_string());
+        }
         if let Some(log) = &workload.log {
             command.arg("--log").arg(log);
         }
@@ -253,6 +282,9 @@ impl Site {
                 return Err(failed(format!("{:?} ended at once", workload.command.join(" "))));
             }
             tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        if let Some(cgroup) = &workload.cgroup {
+            cgroup.set_bounds()?;
         }
         self.records.write(name, holder.pid())?;
         let holder = holder.keep().await?;
@@ -362,6 +394,14 @@ impl Site {
         self.records.remove(name);
         if !holder.kill().await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
+        }
+        self.remove_cgroup(name).await;
+    }
+
+    /// Removes the control group of a workload that is not here any more.
+    pub async fn remove_cgroup(&self, name: &str) {
+        if let Ok(Workload { cgroup: Some(cgroup), .. }) = self.workload(name) {
+            cgroup.remove().await;
         }
     }
 

@@ -4,23 +4,27 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use http::Method;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::images::{Folder, ImagesError, Upload};
+use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
+use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::drain::Queues;
 use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
+use crate::protocol::manifest::Manifest;
 use crate::protocol::{Prepare, Role, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
 use crate::workload::holder::HolderPid;
-use crate::workload::processes;
+use crate::workload::processes::{self, Process};
 
 /// Why a source could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +35,12 @@ pub enum PrepareError {
     /// The workload.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// The workload cannot leave.
+    #[error(transparent)]
+    Readiness(#[from] ReadinessError),
+    /// The workload cannot enter the target's site, in its agent's words.
+    #[error("{0}")]
+    Unwelcome(String),
     /// The rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
@@ -44,6 +54,9 @@ pub enum PrepareError {
     #[error("the source cannot reach the target's agent")]
     Target(#[from] ClientError),
 }
+
+/// The target may have to read large programs.
+const WELCOME_LIMIT: Duration = Duration::from_secs(15);
 
 struct Driver {
     site: Arc<Site>,
@@ -82,7 +95,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     site.set(name, Place::Migrating(session.clone()));
     site.add_session(&session);
     // From here on, every failure has to give the workload back.
-    let ready = ready(site, &session, workload, target_url, (holder, root.inner_pid), prepare).await;
+    let ready = ready(site, &session, workload, target_url, (holder, root), prepare).await;
     match ready {
         Ok((driver, news)) => {
             driver.show(&State::Ready);
@@ -103,25 +116,28 @@ async fn ready(
     session: &Arc<Session>,
     workload: super::config::Workload,
     target_url: &str,
-    (holder, pid): (HolderPid, i32),
+    (holder, root): (HolderPid, Process),
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
-    let silence = site.silence(&workload);
-    // A table of a former migration that was cut off would be in the way.
-    silence.sweep().await?;
-    let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = Swrk::start(&site.criu, holder, folder.path())?;
-    swrk.warm().await?;
-    holder.save_kernel_cache(&site.kernel_cache());
-    start_dump(&mut swrk, pid).await?;
-
-    let (inner, news) = mpsc::unbounded_channel();
     let target = AgentAt {
         site: prepare.peer_site.clone(),
         url: target_url.to_owned(),
         tls: site.config.transport.tls().cloned(),
     };
     let client = Arc::new(AgentClient::new(&target)?);
+    let manifest = site.may_leave(&workload.name, holder, &root).await?;
+    introduce(&client, &session.id, &manifest).await?;
+
+    let silence = site.silence(&workload);
+    // A table of a former migration that was cut off would be in the way.
+    silence.sweep().await?;
+    let folder = Folder::create(&site.images, &session.id)?;
+    let mut swrk = Swrk::start(&site.criu, holder, &[], folder.path())?;
+    swrk.warm().await?;
+    holder.save_kernel_cache(&site.kernel_cache());
+    start_dump(&mut swrk, root.inner_pid).await?;
+
+    let (inner, news) = mpsc::unbounded_channel();
     let failed = inner.clone();
     let upload = Upload::open(client, &session.id, move |error| {
         // The driver may have ended.
@@ -137,7 +153,7 @@ async fn ready(
         session: session.clone(),
         workload,
         holder,
-        pid,
+        pid: root.inner_pid,
         folder,
         swrk: Some(swrk),
         upload: Some(upload),
@@ -152,6 +168,33 @@ async fn ready(
         queues: Some(queues_of(holder)),
     };
     Ok((driver, news))
+}
+
+/// Asks the target's agent whether the workload may come, and sees how far its clock is from ours.
+async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Result<(), PrepareError> {
+    // So that opening the connection does not count as time on the way.
+    client.connect().await?;
+    let (path, sent_unix_us) = (format!("/v1/migrations/{id}/manifest"), now_unix_us());
+    let welcome =
+        client.json(Method::POST, &path, Some(manifest), WELCOME_LIMIT).await.map_err(
+            |error| match error {
+                ClientError::Refused { detail, .. } => PrepareError::Unwelcome(detail),
+                error => error.into(),
+            },
+        )?;
+    let offset = Offset::of(sent_unix_us, welcome, now_unix_us());
+    let (ahead_ms, error_ms) = (offset.ahead_us as f64 / 1e3, offset.error_us as f64 / 1e3);
+    if offset.is_large() {
+        tracing::warn!(
+            migration = id,
+            ahead_ms,
+            error_ms,
+            "the target's clock is far from ours, and the workload will see the time jump: is NTP running at both sites?"
+        );
+    } else {
+        tracing::info!(migration = id, ahead_ms, error_ms, "the target's clock beside ours");
+    }
+    Ok(())
 }
 
 fn queues_of(holder: HolderPid) -> Queues {
@@ -341,7 +384,7 @@ impl Driver {
     async fn dump_again(&mut self) {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
-            let mut swrk = Swrk::start(&self.site.criu, self.holder, self.folder.path())
+            let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
                 .map_err(|error| chain(&error))?;
             start_dump(&mut swrk, self.pid).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)

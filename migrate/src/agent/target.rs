@@ -8,7 +8,9 @@ use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::config::Workload;
 use super::images::{Folder, ImagesError};
+use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
@@ -17,6 +19,7 @@ use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
+use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{Holder, HolderError, HolderPid};
 use crate::workload::record::root_of;
 
@@ -26,9 +29,15 @@ pub enum PrepareError {
     /// The workload.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// CRIU does not work here.
+    #[error(transparent)]
+    Readiness(#[from] ReadinessError),
     /// The rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
+    /// The control group.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The namespaces.
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -86,6 +95,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
             Ok(())
         }
         Err(error) => {
+            site.remove_cgroup(name).await;
             site.set(name, Place::Absent);
             let state = "not prepared".to_owned();
             session.show(View { state, workload: WorkloadState::Absent, idle: false, ended: true });
@@ -113,13 +123,15 @@ async fn ready(
     session: &Arc<Session>,
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
+    site.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
-    let silence = site.silence(site.workload(&prepare.workload)?);
+    let workload = site.workload(&prepare.workload)?;
+    let silence = site.silence(workload);
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let muting = silence.arm_muting()?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
-    let mut swrk = Swrk::start(&site.criu, holder.pid(), folder.path())?;
+    let mut swrk = Swrk::start(&site.criu, holder.pid(), &workload.make_cgroup()?, folder.path())?;
     swrk.warm().await?;
     holder.pid().save_kernel_cache(&site.kernel_cache());
     let (inner, news) = mpsc::unbounded_channel();
@@ -289,9 +301,26 @@ impl Driver {
                 {
                     tracing::error!(error = chain(&error), "the workload's pid 1 is gone");
                 }
+                let runs = matches!(event, AgentEvent::Running(_));
                 self.session.report(event);
+                if runs {
+                    self.set_bounds();
+                }
             }
             Command::End => self.end(state).await,
+        }
+    }
+
+    /// CRIU had none; from here on the workload has.
+    fn set_bounds(&self) {
+        let workload = self.site.workload(&self.session.workload);
+        if let Ok(Workload { cgroup: Some(cgroup), .. }) = workload
+            && let Err(error) = cgroup.set_bounds()
+        {
+            tracing::error!(
+                error = chain(&error),
+                "the workload runs without the bounds of its control group"
+            );
         }
     }
 

@@ -4,7 +4,9 @@
 //! * [`swrk`]: one CRIU process and the connection to it.
 //! * [`log`]: the lines of CRIU's log that say why something failed.
 //! * [`program`]: which CRIU is run.
+//! * [`check`]: whether it can work here.
 
+pub mod check;
 pub mod log;
 pub mod program;
 pub mod rpc;

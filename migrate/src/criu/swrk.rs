@@ -5,6 +5,7 @@
 //! of ours means nothing to it) and in a mount namespace whose `/run` may hide the folder's path.
 //! If this process goes away while CRIU waits in its post-dump hook, CRIU lets the source run again.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,7 +25,7 @@ use crate::workload::holder::HolderPid;
 use crate::workload::sys;
 
 /// Deleted files up to this size travel inside the images.
-const GHOST_LIMIT_BYTES: u32 = 64 << 20;
+pub const GHOST_LIMIT_BYTES: u32 = 64 << 20;
 /// A CRIU that has said its last word ends at once; one that does not is left to itself.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// CRIU's messages are small; the largest carries one line of error text.
@@ -117,8 +118,14 @@ pub struct Swrk {
 }
 
 impl Swrk {
-    /// Starts CRIU inside the holder's namespaces; its log, configuration and images are in `images`.
-    pub fn start(program: &Program, holder: HolderPid, images: &Path) -> Result<Self, SwrkError> {
+    /// Starts CRIU inside the holder's namespaces and a control group, by its folders; its log, configuration and
+    /// images are in `images`.
+    pub fn start(
+        program: &Program,
+        holder: HolderPid,
+        cgroups: &[PathBuf],
+        images: &Path,
+    ) -> Result<Self, SwrkError> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(|errno| SwrkError::Start(errno.into()))?;
@@ -131,7 +138,9 @@ impl Swrk {
         let stderr = File::create(images.join(STDERR_FILE)).map_err(SwrkError::Start)?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command
-            .args(["enter", "--holder", &holder.to_string(), "criu", "--"])
+            .args(["enter", "--holder", &holder.to_string()])
+            .args(cgroups.iter().flat_map(|folder| [OsStr::new("--cgroup"), folder.as_os_str()]))
+            .args(["criu", "--"])
             .args(program.argv())
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::from(OwnedFd::from(folder)))

@@ -8,6 +8,7 @@
 //! | `GET /v1/migrations/{id}` | | [`MigrationStatus`] |
 //! | `GET /v1/migrations/{id}/events` | | [`AgentEvent`]s from the first on, one JSON object per line |
 //! | `POST /v1/migrations/{id}/freeze` | [`Freeze`] | 202; what comes of it is in the events |
+//! | `POST /v1/migrations/{id}/manifest` | [`Manifest`](manifest::Manifest) | [`Welcome`](manifest::Welcome) if the workload may come |
 //! | `POST /v1/migrations/{id}/images` | image stream ([`frames`]) | 200 when complete |
 //! | `POST /v1/migrations/{id}/offer` | [`Part`] | the number of the target's new offer; null where the workload runs |
 //! | `POST /v1/migrations/{id}/go` | [`Go`] | [`Running`] when the tasks run |
@@ -21,16 +22,17 @@
 //! `application/problem+json` ([`Problem`]).
 //!
 //! With TLS ([`crate::tls`]) all of it is a coordinator's; the agent of a migration's source may do nothing but send its
-//! images. Without TLS nobody is asked who they are.
+//! manifest and its images. Without TLS nobody is asked who they are.
 
 pub mod frames;
+pub mod manifest;
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
 /// The transport protocol of a backend's address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
     /// TCP.

@@ -16,7 +16,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CloneFlags, setns};
 
 use super::holder::HolderPid;
-use super::sys;
+use super::user::Identity;
+use super::{cgroup, sys};
 
 /// Where CRIU finds its socket: far from the descriptors it opens first.
 const SOCKET_FD: RawFd = 100;
@@ -36,11 +37,16 @@ pub enum What {
         dir: PathBuf,
         /// Where its output goes; nowhere if `None`.
         log: Option<PathBuf>,
+        /// As whom it runs; as the agent if `None`.
+        user: Option<Identity>,
     },
 }
 
-/// Joins the holder's namespaces and starts the program. Gives the exit code for this process.
-pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
+/// Joins the holder's namespaces and a control group, by its folders, and starts the program. Gives the exit code for
+/// this process.
+pub fn run(holder: HolderPid, cgroups: &[PathBuf], what: &What, argv: &[String]) -> Result<u8> {
+    // What CRIU restores is where CRIU is.
+    cgroups.iter().try_for_each(|folder| cgroup::join(folder))?;
     join(holder)?;
     match what {
         What::Criu => {
@@ -59,12 +65,15 @@ pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
             let status = child.wait()?;
             Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
         }
-        What::Workload { dir, log } => {
+        What::Workload { dir, log, user } => {
             // One step more: the workload's parent has to be inside, so that pid 1 inherits it from there.
             let mut launch = Command::new("/proc/self/exe");
             launch.arg("launch").arg("--dir").arg(dir);
             if let Some(log) = log {
                 launch.arg("--log").arg(log);
+            }
+            if let Some(user) = user {
+                launch.arg("--user").arg(user.to_string());
             }
             let status = launch.arg("--").args(argv).stdin(Stdio::null()).status().context("launch")?;
             Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
@@ -73,17 +82,18 @@ pub fn run(holder: HolderPid, what: &What, argv: &[String]) -> Result<u8> {
 }
 
 /// The subcommand `launch`: starts a workload, already inside the namespaces, and leaves it to pid 1.
-pub fn launch(dir: &Path, log: Option<&Path>, argv: &[String]) -> Result<()> {
+pub fn launch(dir: &Path, log: Option<&Path>, user: Option<Identity>, argv: &[String]) -> Result<()> {
     let (program, args) = argv.split_first().context("no program")?;
     let output = || -> Result<Stdio> { log.map_or_else(|| Ok(Stdio::null()), open_log) };
     let mut command = Command::new(program);
     command.args(args).current_dir(dir).stdin(Stdio::null()).stdout(output()?).stderr(output()?);
-    let isolate = || {
+    let isolate = move || {
         // CRIU dumps whole sessions, and what comes from outside cannot be restored elsewhere.
         nix::unistd::setsid()?;
-        sys::close_on_exec_from(3)
+        sys::close_on_exec_from(3)?;
+        Ok(user.as_ref().map_or(Ok(()), Identity::take_on)?)
     };
-    // SAFETY: `setsid` and `close_range` are plain system calls, safe between fork and exec.
+    // SAFETY: all of it are plain system calls, safe between fork and exec.
     unsafe { command.pre_exec(isolate) };
     command.spawn().with_context(|| format!("start {program}"))?;
     Ok(())

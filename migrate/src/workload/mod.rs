@@ -7,15 +7,18 @@
 //! * [`holder`]: making a holder, and killing it.
 //! * [`init`]: pid 1 itself (the hidden subcommand `init`).
 //! * [`enter`]: starting something inside a holder (the hidden subcommand `enter`).
+//! * [`user`]: as whom it runs; [`cgroup`]: what bounds it.
 //! * [`processes`]: what `/proc` says.
 //! * [`record`]: how a restarted agent finds its workloads again.
 //! * [`sys`]: the system calls that have no safe wrapper.
 //!
 //! What is not here: CRIU, and when a workload is started or moved.
 
+pub mod cgroup;
 pub mod enter;
 pub mod holder;
 pub mod init;
 pub mod processes;
 pub mod record;
 pub mod sys;
+pub mod user;

@@ -4,6 +4,8 @@
 //! that connections survive and what a freeze takes.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod outcome;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -22,6 +24,7 @@ use migrate::tls::{Credentials, Files, Identity};
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::mpsc;
 
+pub const DEADLINE: Duration = Duration::from_secs(5);
 pub const BACKEND: &str = "chat-1";
 
 static LABS: AtomicU32 = AtomicU32::new(0);
@@ -41,7 +44,7 @@ pub fn run(program: &str, args: &[&str]) {
 }
 
 /// The example `counter`, which `cargo test` builds too unless it is asked for one test file only.
-fn counter() -> PathBuf {
+pub fn counter() -> PathBuf {
     static BUILD: std::sync::Once = std::sync::Once::new();
     let counter = Path::new(env!("CARGO_BIN_EXE_migrate")).with_file_name("examples").join("counter");
     BUILD.call_once(|| {
@@ -89,6 +92,12 @@ pub struct Options {
     pub command: Option<Vec<String>>,
     /// A folder that is empty at site b.
     pub hide_at_b: Option<PathBuf>,
+    /// At site b, the second file is where the first one is.
+    pub other_at_b: Option<(PathBuf, PathBuf)>,
+    /// Further lines of site b's configuration.
+    pub config_at_b: String,
+    /// Further lines of the workload's configuration, at each site.
+    pub workload: [String; 2],
     pub ipv6: bool,
     /// The agents' CRIU, if not the default.
     pub criu: Option<String>,
@@ -198,23 +207,28 @@ impl Lab {
     pub fn start_agent(&self, at: At) {
         let config = self.dir.join(format!("agent-{}.toml", at.name()));
         let text = format!(
-            "site = {:?}\nlisten = \"{}\"\nstate_dir = {:?}\n{}{}[[workloads]]\nname = {BACKEND:?}\n\
-             address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n",
+            "site = {:?}\nlisten = \"{}\"\nstate_dir = {:?}\n{}{}{}[[workloads]]\nname = {BACKEND:?}\n\
+             address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n{}",
             at.name(),
             at.host(),
             self.dir.join(format!("state-{}", at.name())),
             self.options.criu.as_ref().map_or(String::new(), |criu| format!("criu = [{criu:?}]\n")),
+            if at == At::B { &self.options.config_at_b } else { "" },
             section(&self.certificates.1[at as usize]),
             self.address,
             self.command(),
             self.dir,
-            at == At::A
+            at == At::A,
+            self.options.workload[at as usize],
         );
         std::fs::write(&config, text).unwrap();
-        let hide = match (&self.options.hide_at_b, at) {
-            (Some(folder), At::B) => format!("mount -t tmpfs none {} && ", folder.display()),
-            _ => String::new(),
-        };
+        let mut hide = String::new();
+        if let (Some(folder), At::B) = (&self.options.hide_at_b, at) {
+            hide += &format!("mount -t tmpfs none {} && ", folder.display());
+        }
+        if let (Some((file, other)), At::B) = (&self.options.other_at_b, at) {
+            hide += &format!("mount --bind {} {} && ", other.display(), file.display());
+        }
         let log_path = self.dir.join(format!("agent-{}.log", at.name()));
         let log = File::options().create(true).append(true).open(&log_path).unwrap();
         let before = self.log(at).matches("agent ready").count();

@@ -36,6 +36,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Mounts an empty file system over the folders that the first argument counts, then becomes the rest.
 const HIDE: &str =
     r#"n=$1; shift; while [ "$n" -gt 0 ]; do mount -t tmpfs none "$1"; shift; n=$((n - 1)); done; exec "$@""#;
+/// Mounts the second file over the first, then becomes the rest.
+const REPLACE: &str = r#"mount --bind "$2" "$1"; shift 2; exec "$@""#;
 /// Lines of each log that are shown when a test panics.
 const SHOWN_LINES: usize = 60;
 
@@ -52,6 +54,8 @@ pub struct StackOptions {
     pub environment: Vec<(String, String)>,
     /// Folders that a site's agent, and so the servers there, find empty.
     pub hidden: Vec<(Site, PathBuf)>,
+    /// Files that a site's agent, and so the servers there, find in the place of others: the place, and what is there.
+    pub replaced: Vec<(Site, PathBuf, PathBuf)>,
     /// Keeps the sites on these processors (see [`crate::processors`]); empty: on any.
     pub site_processors: Vec<usize>,
     /// An emulated link between the sites, for what agents send each other (see [`Lab::join_sites`]); `None`: whatever
@@ -85,6 +89,7 @@ pub struct Stack {
     environment: Vec<(String, String)>,
     workloads: Vec<Workload>,
     hidden: Vec<(Site, PathBuf)>,
+    replaced: Vec<(Site, PathBuf, PathBuf)>,
     site_processors: Vec<usize>,
     certificates: Certificates,
     lab: Lab,
@@ -93,7 +98,8 @@ pub struct Stack {
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
     pub fn start(mut lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, tunnels, hold, environment, hidden, site_processors, link } = options;
+        let StackOptions { workloads, tunnels, hold, environment, hidden, replaced, site_processors, link } =
+            options;
         if let Some(spec) = &link {
             lab.join_sites(spec)?;
         }
@@ -102,8 +108,17 @@ impl Stack {
         }
         let (daemon, agents) = (None, [None, None]);
         let certificates = Certificates::make(&lab.dir().join("pki"))?;
-        let mut stack =
-            Stack { daemon, agents, environment, workloads, hidden, site_processors, certificates, lab };
+        let mut stack = Stack {
+            daemon,
+            agents,
+            environment,
+            workloads,
+            hidden,
+            replaced,
+            site_processors,
+            certificates,
+            lab,
+        };
         let files = stack.certificates.daemon();
         stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, tunnels, &hold, files))?;
         for site in Site::ALL {
@@ -278,6 +293,10 @@ impl Stack {
         if !self.site_processors.is_empty() {
             words.extend(["taskset", "--cpu-list"].map(OsString::from));
             words.push(processors::list(&self.site_processors).into());
+        }
+        for (_, place, other) in self.replaced.iter().filter(|(at, ..)| *at == site) {
+            words.extend(["unshare", "--mount", "sh", "-ec", REPLACE, "sh"].map(OsString::from));
+            words.extend([place, other].map(OsString::from));
         }
         let hidden: Vec<_> =
             self.hidden.iter().filter(|(at, _)| *at == site).map(|(_, folder)| folder).collect();

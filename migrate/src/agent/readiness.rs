@@ -1,0 +1,201 @@
+//! Whether a workload can leave this site, or enter it: what the two roles' *prepare* look at before anything is held.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::OnceCell;
+
+use super::images::{Folder, ImagesError};
+use super::site::Site;
+use crate::checks::hashes::Hashes;
+use crate::checks::problem::{Problem, Refused};
+use crate::checks::room::Room;
+use crate::checks::{cpu, files, room, sockets, tasks};
+use crate::client::chain;
+use crate::criu::check::{self, CheckError};
+use crate::protocol::manifest::{Manifest, Processor};
+use crate::workload::holder::HolderPid;
+use crate::workload::processes::Process;
+
+/// A folder for CRIU's question about a processor; no migration's id begins with a dot.
+const PROCESSOR_FOLDER: &str = ".processor";
+
+/// Why a workload cannot move.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadinessError {
+    /// Something about the workload or the site, to be put right by an operator.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// CRIU is of no use here.
+    #[error("CRIU cannot work at site {site:?}")]
+    Criu {
+        /// This site.
+        site: String,
+        /// Why.
+        #[source]
+        source: CheckError,
+    },
+    /// A folder of ours.
+    #[error(transparent)]
+    Images(#[from] ImagesError),
+    /// Something of the system's.
+    #[error("this host's memory or processor cannot be asked for")]
+    Host(#[from] std::io::Error),
+    /// The checks themselves.
+    #[error("the checks ended before they were done: {0}")]
+    Broken(String),
+}
+
+/// What is known of this site from one migration to the next.
+#[derive(Debug, Default)]
+pub struct Readiness {
+    /// Contents of programs.
+    hashes: Arc<Hashes>,
+    /// This processor, once CRIU was found to work.
+    processor: OnceCell<Processor>,
+    /// The last processor that this one was found to be good enough for.
+    fits: tokio::sync::Mutex<Option<Processor>>,
+}
+
+impl Site {
+    /// Finds out whether CRIU works, so that the first migration does not wait for it.
+    pub async fn look_at_criu(&self) {
+        if let Err(error) = self.check_criu().await {
+            tracing::warn!("no workload can be moved to or from here: {}", chain(&error));
+        }
+    }
+
+    /// Fails unless CRIU works here.
+    pub async fn check_criu(&self) -> Result<(), ReadinessError> {
+        self.processor().await.map(drop)
+    }
+
+    /// This processor. Fails as long as CRIU does not work: an operator may be about to install it.
+    async fn processor(&self) -> Result<&Processor, ReadinessError> {
+        let look = async || {
+            let failed = |source| ReadinessError::Criu { site: self.config.site.clone(), source };
+            check::can_work(&self.criu).await.map_err(failed)?;
+            let folder = Folder::create(&self.images, PROCESSOR_FOLDER)?;
+            let criu_image = match check::processor(&self.criu, folder.path()).await {
+                Ok(image) => Some(to_hex(&image)),
+                Err(CheckError::Failed { said, .. }) => {
+                    tracing::info!(
+                        said,
+                        "CRIU does not describe this processor: its instruction sets are compared"
+                    );
+                    None
+                }
+                Err(error) => return Err(failed(error)),
+            };
+            Ok(Processor { instructions: cpu::instructions_here()?, criu_image })
+        };
+        self.readiness.processor.get_or_try_init(look).await
+    }
+
+    /// Looks at a workload's tasks: what they need of a site, unless something keeps them here.
+    pub async fn may_leave(
+        &self,
+        workload: &str,
+        holder: HolderPid,
+        root: &Process,
+    ) -> Result<Manifest, ReadinessError> {
+        let started = Instant::now();
+        let (hashes, root) = (self.readiness.hashes.clone(), root.pid);
+        let looking = tokio::task::spawn_blocking(move || tasks::look(holder.pid, root, &hashes));
+        let (processor, found) = tokio::join!(self.processor(), looking);
+        let mut found = found.map_err(|error| ReadinessError::Broken(error.to_string()))?;
+        let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
+        found.problems.extend(space.for_images(found.memory_bytes, &self.images));
+        let head = || format!("workload {workload:?} cannot leave site {:?}", self.config.site);
+        Refused::unless_none(head, found.problems)?;
+        let manifest = Manifest {
+            memory_bytes: found.memory_bytes,
+            files: found.files.into_values().collect(),
+            sockets: found.sockets.into_iter().collect(),
+            processor: processor?.clone(),
+        };
+        tracing::info!(
+            workload,
+            files = manifest.files.len(),
+            memory_mib = manifest.memory_bytes >> 20,
+            took_ms = started.elapsed().as_secs_f64() * 1e3,
+            "may leave"
+        );
+        Ok(manifest)
+    }
+
+    /// Compares what a workload needs with what is here.
+    pub async fn may_enter(&self, workload: &str, manifest: Manifest) -> Result<(), ReadinessError> {
+        let started = Instant::now();
+        let hashes = self.readiness.hashes.clone();
+        let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
+        let mut problems = space.for_restore(manifest.memory_bytes, &self.images);
+        let cgroup = self.workload(workload).ok().and_then(|workload| workload.cgroup.as_ref());
+        let bound = cgroup.and_then(|cgroup| cgroup.memory_max_bytes);
+        problems.extend(bound.and_then(|bound| room::exceeds(manifest.memory_bytes, bound)));
+        let processor = manifest.processor.clone();
+        let comparing = tokio::task::spawn_blocking(move || {
+            let mut problems = files::compare(&manifest.files, &hashes);
+            problems.extend(sockets::compare(&manifest.sockets));
+            problems
+        });
+        let (lacking, found) = tokio::join!(self.lacks(&processor), comparing);
+        problems.extend(found.map_err(|error| ReadinessError::Broken(error.to_string()))?);
+        problems.extend(lacking?);
+        let head = || format!("workload {workload:?} cannot enter site {:?}", self.config.site);
+        Refused::unless_none(head, problems)?;
+        tracing::info!(workload, took_ms = started.elapsed().as_secs_f64() * 1e3, "may enter");
+        Ok(())
+    }
+
+    /// What this processor lacks of another.
+    async fn lacks(&self, other: &Processor) -> Result<Option<Problem>, ReadinessError> {
+        let here = self.processor().await?;
+        let mut fits = self.readiness.fits.lock().await;
+        if fits.as_ref() == Some(other) {
+            return Ok(None);
+        }
+        let missing = cpu::missing(&other.instructions, &here.instructions);
+        let said = match other.criu_image.as_deref().map(from_hex) {
+            Some(Some(image)) => {
+                let folder = Folder::create(&self.images, PROCESSOR_FOLDER)?;
+                let fits = check::processor_fits(&self.criu, folder.path(), &image).await;
+                fits.err().map(|error| chain(&error))
+            }
+            Some(None) => Some("what the source says of its processor makes no sense".to_owned()),
+            None => (!missing.is_empty()).then(|| "they are not in its /proc/cpuinfo".to_owned()),
+        };
+        match said {
+            None => {
+                *fits = Some(other.clone());
+                Ok(None)
+            }
+            Some(said) => Ok(Some(Problem::Processor { missing, said })),
+        }
+    }
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_digits_go_there_and_back() {
+        assert_eq!(to_hex(&[0, 0xab, 255]), "00abff");
+        assert_eq!(from_hex("00abff").unwrap(), [0, 0xab, 255]);
+        assert_eq!(from_hex("").unwrap(), [0u8; 0]);
+        for bad in ["0", "0g", "é", "+1"] {
+            assert_eq!(from_hex(bad), None, "{bad}");
+        }
+    }
+}
