@@ -13,6 +13,7 @@
 //! probe, verify   wait until a server answers; ask it what it counted
 //! server     TCP connections, and whoever answers on them
 //! interrupt  Ctrl-C
+//! program    where figures go, and how programs end
 //! machine    what it ran on
 //! ```
 //!
@@ -38,6 +39,7 @@ pub mod path;
 pub mod picture;
 pub mod plot;
 pub mod probe;
+pub mod program;
 pub mod protocol;
 pub mod report;
 pub mod scenario;

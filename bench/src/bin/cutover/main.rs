@@ -1,11 +1,11 @@
 //! `cutover`: what a flip and a replay take while the tables hold many flows. See `bench::cutover`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bench::cutover::run::{Settings, run};
 use bench::plot;
+use bench::program::{Output, ended};
 use clap::Parser;
 use indicatif::ProgressBar;
 
@@ -16,12 +16,8 @@ use indicatif::ProgressBar;
     after_help = "Needs root. Figures are worth something only while nothing else runs."
 )]
 struct Args {
-    /// Writes the figures as JSON
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
-    /// Draws the figures
-    #[arg(long, value_name = "FILE.svg")]
-    plot: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
     /// Few flows and flips: shows that it works, its figures are worth nothing
     #[arg(long)]
     quick: bool,
@@ -54,13 +50,7 @@ fn power_of_two(text: &str) -> Result<u32, String> {
 }
 
 fn main() -> ExitCode {
-    match measure(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("cutover: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("cutover", measure(&Args::parse()))
 }
 
 fn measure(args: &Args) -> Result<()> {
@@ -74,15 +64,5 @@ fn measure(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let report = report?;
     print!("{}", report.table());
-    if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("\nreport written to {}", path.display());
-    }
-    if let Some(path) = &args.plot {
-        std::fs::write(path, plot::svg(&report.charts()))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("plot written to {}", path.display());
-    }
-    Ok(())
+    args.output.write(&report, || plot::svg(&report.charts()))
 }

@@ -23,20 +23,13 @@ use bench::report::{DrillReport, Outcome};
 use clap::Parser;
 
 use args::Args;
-use bench::interrupt::{Interrupt, Interrupted};
+use bench::interrupt::Interrupt;
+use bench::program::{ended, write_report};
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) if error.is::<Interrupted>() => {
-            eprintln!("interrupted; everything that was started is stopped");
-            ExitCode::from(130)
-        }
-        Err(error) => {
-            eprintln!("drill: {error:#}");
-            ExitCode::FAILURE
-        }
+        done => ended("drill", done.map(|_| ())),
     }
 }
 
@@ -45,9 +38,7 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     let interrupt = Interrupt::watch().context("cannot watch for Ctrl-C")?;
     let report = if args.direct { direct::run(args, &interrupt)? } else { migrating::run(args, &interrupt)? };
     if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("\nreport written to {}", path.display());
+        write_report(path, &report)?;
     }
     let well = is_good(args, &report);
     println!("\n{}", summary::verdict(&report, well));

@@ -1,10 +1,10 @@
 //! The command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bench::moves::case::{Case, Wish};
+use bench::program::Output;
 use clap::{Parser, Subcommand};
 
 use crate::systems::System;
@@ -25,12 +25,8 @@ use crate::systems::System;
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// Writes the figures here, as JSON.
-    #[arg(long, value_name = "FILE.json")]
-    pub report: Option<PathBuf>,
-    /// Draws the figures here.
-    #[arg(long, value_name = "FILE.svg")]
-    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: Output,
     /// Measures these cases instead of the usual ones; may be given several times.
     ///
     /// AXIS is system (drover, script, runc), size (resident MB), connections, dirty (percent of the pages rewritten each

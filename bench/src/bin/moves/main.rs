@@ -17,9 +17,10 @@ mod systems;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use bench::interrupt::{Interrupt, Interrupted};
+use bench::interrupt::Interrupt;
 use bench::moves::server;
 use bench::plot;
+use bench::program::ended;
 use clap::Parser;
 
 use args::{Args, Command};
@@ -32,17 +33,7 @@ fn main() -> ExitCode {
         }
         None => run(&args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is::<Interrupted>() => {
-            eprintln!("interrupted; everything that was started is stopped");
-            ExitCode::from(130)
-        }
-        Err(error) => {
-            eprintln!("moves: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("moves", done)
 }
 
 /// Measures and reports. A goal that is missed is a finding, not a failure; so is a move that failed.
@@ -50,15 +41,5 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let interrupt = Interrupt::watch().context("cannot watch for Ctrl-C")?;
     let report = rounds::run(args, &interrupt)?;
     print!("{}", summary::text(&report));
-    if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("\nreport written to {}", path.display());
-    }
-    if let Some(path) = &args.plot {
-        std::fs::write(path, plot::svg(&report.charts()))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("plot written to {}", path.display());
-    }
-    Ok(())
+    args.output.write(&report, || plot::svg(&report.charts()))
 }

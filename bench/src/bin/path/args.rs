@@ -1,9 +1,9 @@
 //! The command line.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::time::Duration;
 
+use bench::program::Output;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::systems::System;
@@ -18,12 +18,8 @@ use crate::systems::System;
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// Writes the figures here, as JSON.
-    #[arg(long, value_name = "FILE.json")]
-    pub report: Option<PathBuf>,
-    /// Draws the figures here.
-    #[arg(long, value_name = "FILE.svg")]
-    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: Output,
     /// What to measure; default: all.
     #[arg(long, value_name = "A,B,...", value_delimiter = ',', value_parser = System::parse)]
     pub systems: Vec<System>,

@@ -22,7 +22,8 @@ mod worker;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use bench::interrupt::{Interrupt, Interrupted};
+use bench::interrupt::Interrupt;
+use bench::program::ended;
 use clap::Parser;
 
 use args::{Args, Command};
@@ -33,17 +34,7 @@ fn main() -> ExitCode {
         Some(Command::Worker(work)) => worker::run(work),
         None => run(&args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is::<Interrupted>() => {
-            eprintln!("interrupted; everything that was started is stopped");
-            ExitCode::from(130)
-        }
-        Err(error) => {
-            eprintln!("path: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("path", done)
 }
 
 /// Measures and reports. A goal that is missed is a finding, not a failure.
@@ -51,15 +42,5 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let interrupt = Interrupt::watch().context("cannot watch for Ctrl-C")?;
     let report = rounds::run(args, &interrupt)?;
     print!("{}", summary::text(&report));
-    if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("\nreport written to {}", path.display());
-    }
-    if let Some(path) = &args.plot {
-        std::fs::write(path, summary::plot(&report))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("plot written to {}", path.display());
-    }
-    Ok(())
+    args.output.write(&report, || summary::plot(&report))
 }

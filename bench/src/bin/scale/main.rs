@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
+use bench::program::ended;
 use bench::table::{Table, bytes, number};
 use clap::Parser;
 use lab::{Lab, Site, address};
@@ -52,13 +53,7 @@ const ROWS: [&str; 6] = [
 ];
 
 fn main() -> ExitCode {
-    match measure(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("scale: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("scale", measure(&Args::parse()))
 }
 
 fn measure(args: &Args) -> Result<()> {

@@ -1,10 +1,10 @@
 //! `xdp`: nanoseconds that the XDP program spends on a packet. See `bench::xdp`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bench::plot;
+use bench::program::{Output, ended};
 use bench::xdp::case::Mode;
 use bench::xdp::run::{Progress, Settings, run};
 use clap::Parser;
@@ -17,12 +17,8 @@ use indicatif::{ProgressBar, ProgressStyle};
     after_help = "Needs root. Figures are worth something only while nothing else runs."
 )]
 struct Args {
-    /// Writes the figures as JSON
-    #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
-    /// Draws the figures
-    #[arg(long, value_name = "FILE.svg")]
-    plot: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
     /// Few flows and rounds: shows that it works, its figures are worth nothing
     #[arg(long)]
     quick: bool,
@@ -35,13 +31,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match measure(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xdp: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("xdp", measure(&Args::parse()))
 }
 
 fn measure(args: &Args) -> Result<()> {
@@ -67,18 +57,5 @@ fn measure(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let report = report?;
     print!("{}", report.table());
-    if let Some(path) = &args.report {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        write(path, text + "\n", "report")?;
-    }
-    if let Some(path) = &args.plot {
-        write(path, plot::svg(&report.charts()), "plot")?;
-    }
-    Ok(())
-}
-
-fn write(path: &PathBuf, text: String, what: &str) -> Result<()> {
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    println!("\n{what} written to {}", path.display());
-    Ok(())
+    args.output.write(&report, || plot::svg(&report.charts()))
 }
