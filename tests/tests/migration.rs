@@ -67,7 +67,7 @@ impl Drill {
 fn a_server_moves_there_and_back_under_its_clients() {
     for workload in [Workload::redis(1), Workload::redis6(1)] {
         let drill = Drill::new(workload);
-        for to in [Site::B, Site::A, Site::B, Site::A] {
+        for to in [Site::B, Site::A].repeat(10) {
             drill.commits(to);
             drill.goes_on();
         }
@@ -108,8 +108,8 @@ fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
         wait_until_it_answers(target, scenario.protocol().as_ref(), LIMIT).unwrap();
         driver::connect(load, scenario.protocol()).unwrap().start().unwrap()
     });
-    for to in [Site::B, Site::A] {
-        std::thread::sleep(Duration::from_millis(500));
+    for to in [Site::B, Site::A].repeat(10) {
+        std::thread::sleep(Duration::from_millis(300));
         let id = stack.start_migration("arena", to, &Value::Null).unwrap();
         let migration = stack.finished_migration(&id, LIMIT).unwrap();
         assert_eq!(migration["state"], "committed", "{migration:#}");

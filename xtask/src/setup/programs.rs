@@ -42,18 +42,20 @@ const PROGRAMS: &[Program] = &[
     tool("redis-cli", "redis-tools", "fills a workload of tests"),
     server("redis-server", "a workload of tests and demo"),
     server("openarena-server", "a workload of tests and demo"),
+    server("mosquitto", "a workload of tests"),
+    tool("mosquitto_pub", "mosquitto-clients", "clients of a workload of tests"),
+    Program {
+        name: "nginx",
+        package: "nginx-light",
+        purpose: "a workload of tests, measured beside Drover",
+        service: Some("nginx"),
+    },
 ];
 
 /// What Drover is measured beside. A benchmark leaves out what is not there.
 const PEERS: &[Program] = &[
     tool("iperf3", "iperf3", "measures throughput in benchmarks"),
     server("haproxy", "measured beside Drover"),
-    Program {
-        name: "nginx",
-        package: "nginx-light",
-        purpose: "measured beside Drover",
-        service: Some("nginx"),
-    },
     tool("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", "nginx's TCP and UDP proxy"),
 ];
 
