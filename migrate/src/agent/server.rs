@@ -417,6 +417,7 @@ async fn confirm(
     let Some(session) = site.session(&id) else {
         // An agent that was restarted after `go` has adopted what runs.
         site.running(&part.workload)?;
+        site.mark_left(&part.workload, false);
         return Ok(Json(()));
     };
     if runs_for_good(&session) {
@@ -479,6 +480,7 @@ async fn abort(
             if root.state == 'T' {
                 site.revive(&part.workload, holder);
             }
+            site.mark_left(&part.workload, false);
         }
         return Ok(Json(None));
     };

@@ -287,6 +287,7 @@ impl Site {
             cgroup.set_bounds()?;
         }
         self.records.write(name, holder.pid())?;
+        self.mark_left(name, false);
         let holder = holder.keep().await?;
         self.set_running(name, holder);
         tracing::info!(workload = name, "started");
@@ -341,7 +342,6 @@ impl Site {
 
     /// Lets a copy run that a former agent's death has left stopped.
     pub fn revive(&self, name: &str, holder: HolderPid) {
-        self.mark_left(name, false);
         repair::reconnect(holder.pid);
         repair::signal(holder.pid, Signal::SIGCONT);
         tracing::info!(workload = name, "set running again");

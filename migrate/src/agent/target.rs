@@ -295,6 +295,9 @@ impl Driver {
                 if matches!(event, AgentEvent::Restored { .. }) {
                     self.expires = Instant::now() + self.lease;
                 }
+                if event == AgentEvent::Confirmed {
+                    self.site.mark_left(&self.session.workload, false);
+                }
                 if event == AgentEvent::Confirmed
                     && let Some(holder) = self.holder.take()
                     && let Err(error) = holder.keep().await

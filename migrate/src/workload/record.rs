@@ -1,6 +1,6 @@
 //! What an agent leaves behind so that the next one finds its workloads: small files in the state folder. A workload's
 //! record is there exactly as long as it is to outlive the agent; its mark of having left, from before its images leave
-//! until it runs here again.
+//! until a copy that is here again is confirmed.
 
 use std::io;
 use std::path::PathBuf;
@@ -34,13 +34,12 @@ impl Records {
         }
     }
 
-    /// Writes a record, at once or not at all. The workload is here then, whatever it did before.
+    /// Writes a record, at once or not at all.
     pub fn write(&self, workload: &str, holder: HolderPid) -> io::Result<()> {
         let path = self.path(workload);
         let new = path.with_extension("new");
         std::fs::write(&new, serde_json::to_vec(&holder)?)?;
-        std::fs::rename(new, path)?;
-        self.set_left(workload, false)
+        std::fs::rename(new, path)
     }
 
     /// Whether the workload may run at another site: then it must not be started here because of its configuration.
@@ -119,7 +118,10 @@ mod tests {
         records.remove("chat-1");
         assert!(Records::open(folder.path().to_owned()).unwrap().has_left("chat-1"));
         assert!(!records.has_left("chat-2"));
+        // A copy that is here on a lease may be lost yet.
         records.write("chat-1", HolderPid { pid: 1, start_ticks: 1 }).unwrap();
+        assert!(records.has_left("chat-1"));
+        records.set_left("chat-1", false).unwrap();
         assert!(!records.has_left("chat-1"));
         records.set_left("chat-1", false).unwrap();
     }
