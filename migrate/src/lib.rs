@@ -18,6 +18,7 @@
 //! * [`client`]: one HTTP/2 connection to an agent, opened before it is needed.
 //! * [`tls`]: who is who between them: certificates, and the CA that makes them.
 //! * [`criu`]: CRIU's RPC, its process, and reading its log.
+//! * [`memory`]: the workload's memory: taking it, and bringing it with the images or after them.
 //! * [`workload`]: running a server in namespaces of its own, and finding it again.
 //! * [`checks`]: what is looked at in *prepare* so that nothing fails later.
 //! * [`net`]: silencing an address, watching queues drain, taking connections off the wire.
@@ -34,6 +35,7 @@ pub mod client;
 pub mod coordinator;
 pub mod criu;
 pub mod decapsulator;
+pub mod memory;
 pub mod net;
 pub mod protocol;
 pub mod roles;

@@ -17,6 +17,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use tokio::sync::mpsc;
 
 use crate::client::{AgentClient, chain};
+use crate::memory::read::{Image, Reader};
 use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
 
 /// What is read from an image at a time, and the largest HTTP/2 frame.
@@ -96,10 +97,7 @@ impl Folder {
     /// Forgets what is in it.
     pub fn clear(&self) -> Result<(), ImagesError> {
         let failed = |error| ImagesError::Folder(self.path.clone(), error);
-        for entry in fs::read_dir(&self.path).map_err(failed)? {
-            fs::remove_file(entry.map_err(failed)?.path()).map_err(failed)?;
-        }
-        Ok(())
+        fs::remove_dir_all(&self.path).and_then(|()| make_private(&self.path)).map_err(failed)
     }
 
     /// The images: name and size in bytes. CRIU's log and the like stay here.
@@ -211,7 +209,7 @@ impl Upload {
     }
 
     /// Sends the images and the end mark. Without the end mark the target takes nothing.
-    pub async fn send(self, folder: PathBuf, images: Vec<(String, u64)>) -> Result<(), ImagesError> {
+    pub async fn send(self, folder: PathBuf, images: Vec<Image>) -> Result<(), ImagesError> {
         if self.fits_at_once(&images) {
             return self.send_with(&folder, &images, |chunks, chunk| chunks.try_send(chunk).is_ok());
         }
@@ -222,15 +220,15 @@ impl Upload {
     }
 
     /// True if all of it is a few chunks, for which the queue has room.
-    fn fits_at_once(&self, images: &[(String, u64)]) -> bool {
-        let bytes: u64 = images.iter().map(|(name, len)| len + name.len() as u64 + 16).sum();
+    fn fits_at_once(&self, images: &[Image]) -> bool {
+        let bytes: u64 = images.iter().map(|image| image.len + image.name.len() as u64 + 16).sum();
         bytes <= AT_ONCE_BYTES && self.chunks.capacity() > (AT_ONCE_BYTES as usize / CHUNK_BYTES) + 1
     }
 
     fn send_with(
         self,
         folder: &Path,
-        images: &[(String, u64)],
+        images: &[Image],
         put: impl Fn(&mpsc::Sender<Bytes>, Bytes) -> bool,
     ) -> Result<(), ImagesError> {
         let gone = || ImagesError::Upload("it ended the request".to_owned());
@@ -238,11 +236,11 @@ impl Upload {
         let mut encoder = Encoder::default();
         // Small images are gathered: fewer frames, fewer wake-ups.
         let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);
-        for (name, len) in images {
-            let failed = |error| ImagesError::File(name.clone(), error);
-            buffer.extend_from_slice(&encoder.file(name, *len)?);
-            let mut file = File::open(folder.join(name)).map_err(failed)?;
-            let mut left = *len;
+        for image in images {
+            let failed = |error| ImagesError::File(image.name.clone(), error);
+            buffer.extend_from_slice(&encoder.file(&image.name, image.len)?);
+            let mut reader = Reader::open(folder, image).map_err(failed)?;
+            let mut left = image.len;
             while left > 0 {
                 let room = CHUNK_BYTES.saturating_sub(buffer.len());
                 if room == 0 {
@@ -253,7 +251,7 @@ impl Upload {
                 let take = usize::try_from(left).unwrap_or(usize::MAX).min(room);
                 let start = buffer.len();
                 buffer.resize(start + take, 0);
-                file.read_exact(&mut buffer[start..]).map_err(failed)?;
+                reader.read_exact(&mut buffer[start..]).map_err(failed)?;
                 left -= take as u64;
             }
         }
@@ -267,6 +265,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::memory::read::Content;
 
     fn stream(bytes: Vec<u8>) -> impl Stream<Item = Result<Bytes, Infallible>> + Unpin {
         let chunks: Vec<_> = bytes.chunks(7).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
@@ -276,7 +275,9 @@ mod tests {
     async fn sent(folder: &Folder) -> Vec<u8> {
         let (chunks, mut queue) = mpsc::channel(CHUNKS_UNDER_WAY);
         let upload = Upload { chunks };
-        let images = folder.list().unwrap();
+        let images = folder.list().unwrap().into_iter();
+        let images =
+            images.map(|(name, len)| Image { name, len, content: Content::File }).collect::<Vec<_>>();
         let sending = tokio::spawn(upload.send(folder.path().to_owned(), images));
         let mut bytes = Encoder::start().to_vec();
         while let Some(chunk) = queue.recv().await {

@@ -1,5 +1,6 @@
 //! The source's driver: performs what [`crate::roles::source`] says, and tells it what happened.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,11 @@ use super::site::{Place, Site, SiteError};
 use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
+use crate::criu::kernel_cache;
+use crate::criu::rpc::Features;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
+use crate::memory::layout::{self, EARLIER_FOLDER, LayoutError, Pages};
+use crate::memory::read::Image;
 use crate::net::drain::Queues;
 use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
@@ -50,6 +55,9 @@ pub enum PrepareError {
     /// The images.
     #[error(transparent)]
     Images(#[from] ImagesError),
+    /// The memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// The target.
     #[error("the source cannot reach the target's agent")]
     Target(#[from] ClientError),
@@ -67,6 +75,8 @@ struct Driver {
     pid: i32,
     folder: Folder,
     swrk: Option<Swrk>,
+    /// CRIU can leave the pages to us.
+    leaves_pages: bool,
     upload: Option<Upload>,
     silence: Silence,
     silence_timeout: Duration,
@@ -78,7 +88,7 @@ struct Driver {
     expires: Instant,
     /// From tasks of this driver.
     inner: mpsc::UnboundedSender<Event>,
-    images: Vec<(String, u64)>,
+    images: Vec<Image>,
     /// Found before the hold, since a server may have thousands of sockets.
     queues: Option<Queues>,
 }
@@ -133,9 +143,13 @@ async fn ready(
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let mut swrk = Swrk::start(&site.criu, holder, &[], folder.path())?;
-    swrk.warm().await?;
+    let leaves_pages = leave_pages(&mut swrk, holder).await?;
     holder.save_kernel_cache(&site.kernel_cache());
-    start_dump(&mut swrk, root.inner_pid).await?;
+    if leaves_pages {
+        // Of most tasks now, to be quick about it when they are frozen.
+        layout::write_earlier(folder.path(), tasks_of(holder).into_keys())?;
+    }
+    start_dump(&mut swrk, root.inner_pid, leaves_pages).await?;
 
     let (inner, news) = mpsc::unbounded_channel();
     let failed = inner.clone();
@@ -156,6 +170,7 @@ async fn ready(
         pid: root.inner_pid,
         folder,
         swrk: Some(swrk),
+        leaves_pages,
         upload: Some(upload),
         silence,
         silence_timeout,
@@ -197,13 +212,40 @@ async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Resul
     Ok(())
 }
 
+/// A holder's tasks: the host's pid by their own.
+fn tasks_of(holder: HolderPid) -> BTreeMap<i32, i32> {
+    let tasks = processes::descendants(holder.pid).into_iter().filter_map(Process::read);
+    tasks.map(|task| (task.inner_pid, task.pid)).collect()
+}
+
 fn queues_of(holder: HolderPid) -> Queues {
     Queues::of(&processes::descendants(holder.pid))
 }
 
+/// Sees to it that CRIU can be asked to leave pages out; false if it cannot.
+async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkError> {
+    let can = |features: Features| features.mem_track == Some(true);
+    if can(swrk.warm().await?) {
+        return Ok(true);
+    }
+    let cache = holder.kernel_cache();
+    if let Err(error) = kernel_cache::claim_tracking(&cache, true) {
+        tracing::warn!(%error, "CRIU dumps the memory by itself, which takes longer");
+        return Ok(false);
+    }
+    if can(swrk.warm().await?) {
+        return Ok(true);
+    }
+    tracing::warn!("CRIU's cache is not as expected, so it dumps the memory by itself, which takes longer");
+    if let Err(error) = kernel_cache::claim_tracking(&cache, false) {
+        tracing::warn!(%error, "CRIU's cache could not be put back");
+    }
+    Ok(false)
+}
+
 /// Begins a dump and waits until CRIU is in its pre-dump hook.
-async fn start_dump(swrk: &mut Swrk, pid: i32) -> Result<(), SwrkError> {
-    swrk.dump(pid).await?;
+async fn start_dump(swrk: &mut Swrk, pid: i32, leaves_pages: bool) -> Result<(), SwrkError> {
+    swrk.dump(pid, leaves_pages.then_some(EARLIER_FOLDER)).await?;
     loop {
         match swrk.next().await {
             Said::Hook(Hook::PreDump) => return Ok(()),
@@ -244,15 +286,21 @@ impl Driver {
     /// Turns what CRIU says into an event; what nobody needs to decide is answered here.
     async fn heard(&mut self, said: Said) -> Option<Event> {
         match said {
-            Said::Hook(Hook::QueryExtFiles) => Some(Event::HookFrozen { at_unix_us: now_unix_us() }),
-            Said::Hook(Hook::PostDump) => match self.folder.list() {
+            Said::Hook(Hook::QueryExtFiles) => {
+                let at_unix_us = now_unix_us();
+                if self.leaves_pages {
+                    self.leave_pages_out();
+                }
+                Some(Event::HookFrozen { at_unix_us })
+            }
+            Said::Hook(Hook::PostDump) => match self.dumped() {
                 Ok(images) => {
-                    let image_bytes = images.iter().map(|(_, len)| len).sum();
+                    let image_bytes = images.iter().map(|image| image.len).sum();
                     self.images = images;
                     Some(Event::HookPostDump { image_bytes })
                 }
-                Err(error) => {
-                    let _ = self.inner.send(Event::SendFailed(error.to_string()));
+                Err(reason) => {
+                    let _ = self.inner.send(Event::SendFailed(reason));
                     Some(Event::HookPostDump { image_bytes: 0 })
                 }
             },
@@ -272,6 +320,25 @@ impl Driver {
                 Some(Event::CriuEnded { at_unix_us, failed, in_flight })
             }
         }
+    }
+
+    /// Makes CRIU leave the pages of all tasks out, which do not run any more.
+    fn leave_pages_out(&self) {
+        let tasks = tasks_of(self.holder);
+        if let Err(error) = layout::write_earlier(self.folder.path(), tasks.keys().copied()) {
+            // CRIU says then what it lacks, and the tasks run again.
+            tracing::error!(error = chain(&error), "CRIU could not be told to leave the memory out");
+        }
+        for pid in tasks.values() {
+            // Where the kernel tracks changes, nothing may have changed since. Elsewhere it does nothing.
+            let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "4");
+        }
+    }
+
+    fn dumped(&self) -> Result<Vec<Image>, String> {
+        let files = self.folder.list().map_err(|error| chain(&error))?;
+        let images = layout::images(self.folder.path(), files, &tasks_of(self.holder), Pages::Now);
+        images.map_err(|error: LayoutError| chain(&error))
     }
 
     fn asked(&mut self, ask: Ask) -> Option<Event> {
@@ -384,9 +451,13 @@ impl Driver {
     async fn dump_again(&mut self) {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
+            if self.leaves_pages {
+                let tasks = tasks_of(self.holder).into_keys();
+                layout::write_earlier(self.folder.path(), tasks).map_err(|error| chain(&error))?;
+            }
             let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
                 .map_err(|error| chain(&error))?;
-            start_dump(&mut swrk, self.pid).await.map_err(|error| chain(&error))?;
+            start_dump(&mut swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)
         };
         let event = match start.await {

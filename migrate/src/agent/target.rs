@@ -260,7 +260,7 @@ impl Driver {
                     self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
                 }
                 if let Some(swrk) = &mut self.swrk
-                    && let Err(error) = swrk.restore().await
+                    && let Err(error) = swrk.restore(false).await
                 {
                     tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
                 }

@@ -5,8 +5,12 @@
 //! * [`log`]: the lines of CRIU's log that say why something failed.
 //! * [`program`]: which CRIU is run.
 //! * [`check`]: whether it can work here.
+//! * [`images`]: those of its images that are read and written here.
+//! * [`kernel_cache`]: what it has found out about the kernel.
 
 pub mod check;
+pub mod images;
+pub mod kernel_cache;
 pub mod log;
 pub mod program;
 pub mod rpc;

@@ -50,6 +50,12 @@ pub struct Options {
     /// Ask back at the hooks.
     #[prost(bool, optional, tag = "12")]
     pub notify_scripts: Option<bool>,
+    /// The folder of an earlier dump, seen from the images folder: pages that have not changed since stay there.
+    #[prost(string, optional, tag = "14")]
+    pub parent_img: Option<String>,
+    /// Know which pages have changed; needed for an earlier dump.
+    #[prost(bool, optional, tag = "15")]
+    pub track_mem: Option<bool>,
     /// Files that were deleted but are linked elsewhere come along.
     #[prost(bool, optional, tag = "18")]
     pub link_remap: Option<bool>,
@@ -59,6 +65,9 @@ pub struct Options {
     /// Deleted files up to this many bytes come along.
     #[prost(uint32, optional, tag = "35")]
     pub ghost_limit: Option<u32>,
+    /// Restore without the pages that are marked as lazy; who brings them listens in the images folder.
+    #[prost(bool, optional, tag = "48")]
+    pub lazy_pages: Option<bool>,
     /// A file with more options; its images folder wins over the one in the request.
     #[prost(string, optional, tag = "51")]
     pub config_file: Option<String>,
@@ -73,6 +82,9 @@ pub struct Features {
     /// Soft-dirty tracking of memory.
     #[prost(bool, optional, tag = "1")]
     pub mem_track: Option<bool>,
+    /// userfaultfd, with all that a restore without pages needs.
+    #[prost(bool, optional, tag = "2")]
+    pub lazy_pages: Option<bool>,
 }
 
 /// `criu_req`.
@@ -146,6 +158,9 @@ pub struct Response {
     /// An errno.
     #[prost(int32, optional, tag = "7")]
     pub errno: Option<i32>,
+    /// After a feature check: what is there.
+    #[prost(message, optional, tag = "8")]
+    pub features: Option<Features>,
     /// The first error of the log.
     #[prost(string, optional, tag = "9")]
     pub error: Option<String>,

@@ -150,8 +150,8 @@ impl Swrk {
         Ok(Self { socket, process, images: images.to_owned() })
     }
 
-    /// Makes CRIU look at the kernel's features now rather than in the freeze window.
-    pub async fn warm(&mut self) -> Result<(), SwrkError> {
+    /// Makes CRIU look at the kernel's features now rather than in the freeze window; gives those that matter here.
+    pub async fn warm(&mut self) -> Result<Features, SwrkError> {
         match self.check_features().await {
             // A program that is not there, or does not run, says so on stderr and closes the connection.
             Err(error @ SwrkError::Connection(_)) => Err(SwrkError::Failed(format!(
@@ -162,8 +162,8 @@ impl Swrk {
         }
     }
 
-    async fn check_features(&self) -> Result<(), SwrkError> {
-        let features = Some(Features { mem_track: Some(false) });
+    async fn check_features(&self) -> Result<Features, SwrkError> {
+        let features = Some(Features { mem_track: Some(true), lazy_pages: Some(true) });
         self.send(&Request {
             kind: Kind::FeatureCheck.into(),
             features,
@@ -175,18 +175,22 @@ impl Swrk {
         if answer.kind() != Kind::FeatureCheck || !answer.success {
             return Err(SwrkError::Failed(self.explain(&answer)));
         }
-        Ok(())
+        Ok(answer.features.unwrap_or_default())
     }
 
-    /// Begins to dump the tree of `pid` (as the holder's pid namespace counts).
-    pub async fn dump(&mut self, pid: i32) -> Result<(), SwrkError> {
-        let options = Options { pid: Some(pid), ..options() };
+    /// Begins to dump the tree of `pid` (as the holder's pid namespace counts). Pages that have not changed since the
+    /// dump in the folder `parent` of the images folder are left out.
+    pub async fn dump(&mut self, pid: i32, parent: Option<&str>) -> Result<(), SwrkError> {
+        let track_mem = parent.map(|_| true);
+        let parent_img = parent.map(str::to_owned);
+        let options = Options { pid: Some(pid), parent_img, track_mem, ..options() };
         self.send(&Request { kind: Kind::Dump.into(), options: Some(options), ..Request::default() }).await
     }
 
-    /// Begins to restore what is in the images folder.
-    pub async fn restore(&mut self) -> Result<(), SwrkError> {
-        let request = Request { kind: Kind::Restore.into(), options: Some(options()), ..Request::default() };
+    /// Begins to restore what is in the images folder; if `is_lazy`, without the pages that are marked so.
+    pub async fn restore(&mut self, is_lazy: bool) -> Result<(), SwrkError> {
+        let options = Some(Options { lazy_pages: Some(is_lazy), ..options() });
+        let request = Request { kind: Kind::Restore.into(), options, ..Request::default() };
         self.send(&request).await
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::str::FromStr;
 use std::time::Duration;
@@ -57,11 +57,15 @@ impl HolderPid {
             && Process::read(self.pid).is_some_and(|process| process.is_alive())
     }
 
+    /// CRIU's cache of what it has found out about this kernel, inside the holder.
+    pub fn kernel_cache(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.pid, super::init::KERNEL_CACHE))
+    }
+
     /// Keeps what CRIU has found out about this kernel, for the holders that are made later.
     pub fn save_kernel_cache(&self, path: &Path) {
-        let found = format!("/proc/{}/root{}", self.pid, super::init::KERNEL_CACHE);
         if !path.exists()
-            && let Err(error) = std::fs::copy(found, path)
+            && let Err(error) = std::fs::copy(self.kernel_cache(), path)
         {
             // It only costs each of them the time to find out for itself.
             tracing::debug!(%error, "CRIU keeps no cache of the kernel's features");
