@@ -3,6 +3,7 @@
 mod pki;
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,6 +13,9 @@ use migrate::agent::config::Config;
 use migrate::agent::door::Door;
 use migrate::agent::server;
 use migrate::agent::site::Site;
+use migrate::client::AgentAt;
+use migrate::memory::pager;
+use migrate::tls::Files;
 use migrate::workload::enter::{self, What};
 use migrate::workload::holder::HolderPid;
 use migrate::workload::init;
@@ -57,6 +61,8 @@ enum Command {
     ///     start = true                       # start it here
     ///     user = "redis"                     # optional: a name, UID or UID:GID; by default the agent's, root
     ///     env = { LANG = "C.UTF-8" }         # optional: set besides the agent's own environment
+    ///     memory = "auto"                    # optional: "pre" sends all of it in the freeze; "post" fetches most of
+    ///                                        # it after the restore; "auto" does that from 4 MiB on
     ///     [workloads.cgroup]                 # optional
     ///     path = "drover/chat-1"             # below the root of the host's hierarchies, of version 1 or 2
     ///     memory_max_mib = 512               # optional
@@ -95,6 +101,20 @@ enum Command {
         cgroup: Vec<PathBuf>,
         #[command(subcommand)]
         what: EnterWhat,
+    },
+    /// Bring a restored workload's memory from the source.
+    #[command(hide = true)]
+    Pager {
+        #[arg(long)]
+        id: String,
+        #[arg(long)]
+        folder: PathBuf,
+        #[arg(long)]
+        source_site: String,
+        #[arg(long)]
+        source_url: String,
+        #[arg(long, num_args = 3, value_names = ["CA", "CERTIFICATE", "KEY"])]
+        tls: Option<Vec<PathBuf>>,
     },
     /// Start a workload, inside its namespaces.
     #[command(hide = true)]
@@ -138,6 +158,9 @@ fn main() -> ExitCode {
         Command::Init { first_pid, kernel_cache } => {
             init::run(first_pid, kernel_cache.as_deref()).map(|()| 0)
         }
+        Command::Pager { id, folder, source_site, source_url, tls } => {
+            bring_pages(id, folder, source_site, source_url, tls).map(|()| 0)
+        }
         Command::Launch { dir, log, user, argv } => {
             enter::launch(&dir, log.as_deref(), user, &argv).map(|()| 0)
         }
@@ -157,10 +180,32 @@ fn main() -> ExitCode {
     }
 }
 
-fn agent(config: &std::path::Path) -> Result<()> {
+fn bring_pages(
+    id: String,
+    folder: PathBuf,
+    site: String,
+    url: String,
+    tls: Option<Vec<PathBuf>>,
+) -> Result<()> {
+    log_to_stderr();
+    let tls = match tls.as_deref() {
+        Some([ca, certificate, key]) => {
+            Some(Files { ca: ca.clone(), certificate: certificate.clone(), key: key.clone() })
+        }
+        _ => None,
+    };
+    let guard = std::io::stdin().as_fd().try_clone_to_owned().context("stdin")?;
+    pager::run(pager::Options { id, folder, source: AgentAt { site, url, tls } }, guard)
+}
+
+fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+fn agent(config: &std::path::Path) -> Result<()> {
+    log_to_stderr();
     let config = Config::read(config)?;
     anyhow::ensure!(
         nix::unistd::geteuid().is_root(),

@@ -91,6 +91,7 @@ fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
         site: Site::A,
         service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
         mode: lab::stack::Mode::Nat,
+        memory: lab::stack::Memory::Auto,
     };
     let target = workload.service;
     let stack =

@@ -11,7 +11,7 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use lab::stack::{HoldOptions, Mode, Protocol, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Memory, Mode, Protocol, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::Value;
 
@@ -41,6 +41,7 @@ impl Place {
             site: Site::A,
             service,
             mode: Mode::Nat,
+            memory: Memory::Auto,
         };
         let hold =
             HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };

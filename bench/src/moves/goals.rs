@@ -8,7 +8,11 @@ use super::report::CaseReport;
 /// Whom all are compared with: what people do by hand today.
 pub const SCRIPT: &str = "script";
 /// Begins the name of every way in which Drover moves a server.
-pub const DROVER: &str = "drover";
+const DROVER: &str = "drover";
+/// With memory in the freeze.
+pub const DROVER_PRE: &str = "drover-pre";
+/// With memory after the restore.
+pub const DROVER_POST: &str = "drover-post";
 
 /// How many times shorter than the others' Drover's stall is meant to be.
 const SHORTER: f64 = 3.0;

@@ -238,6 +238,9 @@ fn summary(view: &MigrationView, report: &ReportView) -> String {
             bytes(report.sent_bytes)
         );
     }
+    if report.exposed_ms > 0.0 {
+        text += &format!("\n  for {:.1} ms it ran while memory was still to come", report.exposed_ms);
+    }
     if report.held_packets + report.dropped_packets > 0 {
         text += &format!(
             "\n  {} packets held ({}), {} replayed, {} dropped",

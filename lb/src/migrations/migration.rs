@@ -66,6 +66,10 @@ pub struct ReportView {
     pub image_bytes: u64,
     /// Bytes that were sent from site to site.
     pub sent_bytes: u64,
+    /// How long the running server still fetched memory from the site that it had left, in milliseconds; 0 if it brought
+    /// all of it along.
+    #[serde(default)]
+    pub exposed_ms: f64,
     /// Packets that were held.
     pub held_packets: u64,
     /// Bytes that were held.
@@ -97,6 +101,7 @@ impl ReportView {
             running_at_unix_us: report.running_at_unix_us,
             image_bytes: report.image_bytes,
             sent_bytes: report.sent_bytes,
+            exposed_ms: report.exposed_ms,
             held_packets: stats.held_packets,
             held_bytes: stats.held_bytes,
             dropped_packets: stats.dropped_packets,

@@ -462,6 +462,7 @@ fn broken(panic: &tokio::task::JoinError) -> Report {
         running_at_unix_us: None,
         image_bytes: 0,
         sent_bytes: 0,
+        exposed_ms: 0.0,
     }
 }
 

@@ -81,6 +81,7 @@ impl Stage {
             running_at_unix_us: Some(9501),
             image_bytes: 1000,
             sent_bytes: 1100,
+            exposed_ms: 0.0,
         }
     }
 }

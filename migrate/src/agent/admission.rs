@@ -20,6 +20,8 @@ use crate::tls::Identity;
 pub(super) const HEALTH: &str = "/healthz";
 /// Where a target hears what the workload needs: for the agent of the migration's source.
 pub(super) const MANIFEST: &str = "/v1/migrations/{id}/manifest";
+/// Where a source gives memory that did not come with the images: for the agent of the migration's target.
+pub(super) const MEMORY: &str = "/v1/migrations/{id}/memory";
 /// Where a target takes images: for the agent of the migration's source.
 pub(super) const IMAGES: &str = "/v1/migrations/{id}/images";
 
@@ -45,24 +47,35 @@ fn check(site: &Site, caller: &Caller, request: &Request) -> Result<(), Refusal>
     match may(caller, request.method(), route) {
         May::Pass => Ok(()),
         May::SendFrom(sender) => {
-            let path = request.uri().path();
-            let rest = path.strip_prefix("/v1/migrations/").and_then(|rest| rest.split_once('/'));
-            let id = rest.map_or("", |(id, _)| id);
+            let id = id_of(request);
             let session = known_as(site, id, Role::Target)?;
-            if session.peer_site.get().is_some_and(|from| from == sender) {
+            if session.peer.get().is_some_and(|peer| peer.site == sender) {
                 return Ok(());
             }
             let detail = format!("migration {id:?} takes nothing from the agent of site {sender:?}");
+            Err(Refusal::new(StatusCode::FORBIDDEN, detail))
+        }
+        May::FetchFor(target) => {
+            let id = id_of(request);
+            if site.debt(id).is_some_and(|(_, debt)| debt.to == target) {
+                return Ok(());
+            }
+            let detail = format!("migration {id:?} owes nothing to the agent of site {target:?}");
             Err(Refusal::new(StatusCode::FORBIDDEN, detail))
         }
         May::Not(agent) => Err(Refusal::new(
             StatusCode::FORBIDDEN,
             format!(
                 "this is for coordinators, and the certificate is that of the agent of site {agent:?}, which may only \
-                 send a manifest and images to a migration's target"
+                 send a manifest and images to a migration's target, and fetch memory from its source"
             ),
         )),
     }
+}
+
+fn id_of(request: &Request) -> &str {
+    let rest = request.uri().path().strip_prefix("/v1/migrations/").and_then(|rest| rest.split_once('/'));
+    rest.map_or("", |(id, _)| id)
 }
 
 /// What a caller may do, by the route.
@@ -71,6 +84,8 @@ enum May<'a> {
     Pass,
     /// If the migration expects it from this site.
     SendFrom(&'a str),
+    /// If the migration goes to this site.
+    FetchFor(&'a str),
     /// Since it is this site's agent.
     Not(&'a str),
 }
@@ -81,6 +96,7 @@ fn may<'a>(caller: &'a Caller, method: &Method, route: Option<&str>) -> May<'a> 
         Caller::Known(Identity::Agent(site)) => match route {
             Some(HEALTH) => May::Pass,
             Some(IMAGES | MANIFEST) if method == Method::POST => May::SendFrom(site),
+            Some(MEMORY) if method == Method::POST => May::FetchFor(site),
             _ => May::Not(site),
         },
     }
@@ -97,6 +113,7 @@ mod tests {
             (Method::GET, Some(HEALTH), May::Pass),
             (Method::POST, Some(IMAGES), May::SendFrom("ams")),
             (Method::POST, Some(MANIFEST), May::SendFrom("ams")),
+            (Method::POST, Some(MEMORY), May::FetchFor("ams")),
             (Method::GET, Some(IMAGES), May::Not("ams")),
             (Method::GET, Some("/v1/workloads"), May::Not("ams")),
             (Method::POST, Some("/v1/workloads/{name}/stop"), May::Not("ams")),

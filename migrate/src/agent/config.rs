@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::decapsulator::config::{self as decapsulator, RawDecapsulator};
 use crate::protocol::{Protocol, is_valid_id};
@@ -66,6 +66,8 @@ struct RawWorkload {
     log: Option<PathBuf>,
     #[serde(default)]
     start: bool,
+    #[serde(default)]
+    memory: Memory,
     user: Option<String>,
     #[serde(default)]
     env: BTreeMap<String, String>,
@@ -125,6 +127,34 @@ impl Transport {
     }
 }
 
+/// When a workload's memory goes over to the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Memory {
+    /// With the images if it is little, after the restore otherwise.
+    #[default]
+    Auto,
+    /// With the images: the freeze grows with it, and the workload never depends on two sites.
+    Pre,
+    /// After the restore: the freeze does not grow with it, and until all of it is there the loss of either site is the
+    /// loss of the workload.
+    Post,
+}
+
+/// From here on memory is much.
+const MUCH_BYTES: u64 = 4 << 20;
+
+impl Memory {
+    /// Whether so much of it goes over after the restore.
+    pub fn is_later(self, bytes: u64) -> bool {
+        match self {
+            Self::Auto => bytes >= MUCH_BYTES,
+            Self::Pre => false,
+            Self::Post => true,
+        }
+    }
+}
+
 /// One server that may run at this site.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -142,6 +172,8 @@ pub struct Workload {
     pub log: Option<PathBuf>,
     /// Whether this agent starts it.
     pub start: bool,
+    /// When its memory goes over.
+    pub memory: Memory,
     /// As whom it runs; as the agent if `None`. What has moved stays who it was.
     pub user: Option<UserName>,
     /// Set besides the agent's own environment.
@@ -302,6 +334,7 @@ impl RawWorkload {
             user,
             env: self.env,
             cgroup,
+            memory: self.memory,
         })
     }
 }
@@ -371,7 +404,7 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
     #[test]
     fn a_process_has_its_options() {
         let options = "user = \"33:7\"\nenv = { LANG = \"C\", EMPTY = \"\" }\n\
-                       [workloads.cgroup]\npath = \"drover/chat-1\"\nmemory_max_mib = 512\npids_max = 9\n";
+                       memory = \"post\"\n[workloads.cgroup]\npath = \"drover/chat-1\"\nmemory_max_mib = 512\npids_max = 9\n";
         let workload = parse(&format!("{GOOD}{options}")).unwrap().workloads.remove(0);
         assert_eq!(workload.user, Some(UserName::Numbers { uid: 33, gid: Some(7) }));
         assert_eq!(workload.env.len(), 2);
@@ -379,6 +412,7 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         assert_eq!((cgroup.memory_max_bytes, cgroup.pids_max), (Some(512 << 20), Some(9)));
         let plain = parse(GOOD).unwrap().workloads.remove(0);
         assert_eq!((plain.user, plain.env.len(), plain.cgroup), (None, 0, None));
+        assert_eq!((workload.memory, plain.memory), (Memory::Post, Memory::Auto));
     }
 
     #[test]

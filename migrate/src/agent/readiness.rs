@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tokio::sync::OnceCell;
 
+use super::config::Memory;
 use super::images::{Folder, ImagesError};
 use super::site::Site;
 use crate::checks::hashes::Hashes;
@@ -96,6 +97,7 @@ impl Site {
     pub async fn may_leave(
         &self,
         workload: &str,
+        memory: Memory,
         holder: HolderPid,
         root: &Process,
     ) -> Result<Manifest, ReadinessError> {
@@ -110,6 +112,7 @@ impl Site {
         Refused::unless_none(head, found.problems)?;
         let manifest = Manifest {
             memory_bytes: found.memory_bytes,
+            later: memory.is_later(found.memory_bytes),
             files: found.files.into_values().collect(),
             sockets: found.sockets.into_iter().collect(),
             processor: processor?.clone(),

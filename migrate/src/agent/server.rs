@@ -17,19 +17,21 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 
-use super::admission::{self, HEALTH, IMAGES, MANIFEST};
+use super::admission::{self, HEALTH, IMAGES, MANIFEST, MEMORY};
 use super::door::{Caller, Door, Entered};
 use super::readiness::ReadinessError;
-use super::session::{Ask, Session, now_unix_us};
+use super::session::{Ask, Peer, Session, now_unix_us};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
 use crate::decapsulator;
+use crate::memory::serve;
 use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{
     AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
     WorkloadStatus, is_valid_id,
 };
+use crate::workload::processes;
 
 /// Images come faster than the default windows of HTTP/2 would let them: in one go, up to this much.
 const WINDOW_BYTES: u32 = 64 << 20;
@@ -116,6 +118,7 @@ fn router(site: Arc<Site>) -> axum::Router {
         .route("/v1/migrations/{id}/freeze", post(freeze))
         .route(MANIFEST, post(manifest).layer(DefaultBodyLimit::max(MAX_MANIFEST_BYTES)))
         .route(IMAGES, post(images))
+        .route(MEMORY, post(memory))
         .route("/v1/migrations/{id}/offer", post(offer))
         .route("/v1/migrations/{id}/go", post(go))
         .route("/v1/migrations/{id}/confirm", post(confirm))
@@ -264,7 +267,7 @@ async fn get_ready(site: Arc<Site>, id: String, prepare: Prepare) -> Answer<()> 
     perform_prepare(&site, &id, &prepare).await?;
     if let Some(session) = site.session(&id) {
         // It is prepared once.
-        let _ = session.peer_site.set(prepare.peer_site);
+        let _ = session.peer.set(Peer { site: prepare.peer_site, url: prepare.peer_url });
     }
     Ok(())
 }
@@ -278,7 +281,7 @@ async fn perform_prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Answe
             source::PrepareError::Site(error) => error.into(),
             source::PrepareError::Readiness(error) => error.into(),
             source::PrepareError::Unwelcome(detail) => Refusal::new(StatusCode::CONFLICT, detail),
-            source::PrepareError::NoTarget => Refusal::new(StatusCode::BAD_REQUEST, error.to_string()),
+            source::PrepareError::Indebted(_) => Refusal::new(StatusCode::CONFLICT, error.to_string()),
             error => broken(&error),
         }),
         Role::Target => target::prepare(site, id, prepare).await.map_err(|error| match error {
@@ -347,8 +350,23 @@ async fn manifest(
 ) -> Answer<Json<Welcome>> {
     let received_unix_us = now_unix_us();
     let session = known_as(&site, &id, Role::Target)?;
+    let wants_later = manifest.later;
     site.may_enter(&session.workload, manifest).await?;
-    Ok(Json(Welcome { received_unix_us, answered_unix_us: now_unix_us() }))
+    let later = wants_later && target::fetch_later(&site, &session).await?;
+    Ok(Json(Welcome { later, received_unix_us, answered_unix_us: now_unix_us() }))
+}
+
+/// Gives the target memory that did not come with the images.
+async fn memory(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<Body> {
+    let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("migration {id:?} owes no memory"));
+    let (workload, _) = site.debt(&id).ok_or_else(gone)?;
+    let holder = site.records.find(&workload).ok_or_else(gone)?;
+    let questions = request.into_body().into_data_stream();
+    let done = {
+        let (site, id) = (site.clone(), id.clone());
+        move || site.settle_debt(&workload, &id)
+    };
+    Ok(Body::from_stream(serve::answers(questions, processes::tasks_of(holder.pid), done)))
 }
 
 async fn images(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<()> {
@@ -417,7 +435,7 @@ async fn confirm(
     let Some(session) = site.session(&id) else {
         // An agent that was restarted after `go` has adopted what runs.
         site.running(&part.workload)?;
-        site.mark_left(&part.workload, false);
+        site.mark_left(&part.workload, None);
         return Ok(Json(()));
     };
     if runs_for_good(&session) {
@@ -456,16 +474,30 @@ async fn release(
 ) -> Answer<Json<()>> {
     if let Some(session) = site.session(&id) {
         session.ask(Ask::Release);
-        ended(&session).await?;
+        let ended = ended(&session).await;
+        refuse_to_indebted(&site, &id)?;
+        ended?;
         if session.view().workload == WorkloadState::Absent {
             // Whatever runs here now has come back in a later migration.
             return Ok(Json(()));
         }
     }
+    refuse_to_indebted(&site, &id)?;
     // It may have fallen back by itself before the word came, or its agent may have been restarted. The
     // target's copy is the one now.
     site.stop_unheard(&part.workload).await?;
     Ok(Json(()))
+}
+
+/// The target lives on memory that is here.
+fn refuse_to_indebted(site: &Site, id: &str) -> Answer<()> {
+    match site.debt(id) {
+        None => Ok(()),
+        Some((_, debt)) => Err(Refusal::new(
+            StatusCode::TOO_EARLY,
+            format!("the agent of site {:?} still fetches the workload's memory from here", debt.to),
+        )),
+    }
 }
 
 async fn abort(
@@ -480,7 +512,7 @@ async fn abort(
             if root.state == 'T' {
                 site.revive(&part.workload, holder);
             }
-            site.mark_left(&part.workload, false);
+            site.mark_left(&part.workload, None);
         }
         return Ok(Json(None));
     };

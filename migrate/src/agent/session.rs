@@ -1,7 +1,8 @@
 //! What the drivers of both roles share: the event log that the coordinator follows, and the view that the
 //! API shows.
 
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -45,6 +46,10 @@ pub enum Ask {
     Release,
     /// Go back.
     Abort,
+    /// Target: memory is fetched after the restore, and this end of its guard is pid 1's.
+    Fetch(Arc<OwnedFd>),
+    /// Source: the target has all memory.
+    Served,
     /// Target: the images' first bytes have come.
     ImagesBegun,
     /// Target: the images are complete.
@@ -69,6 +74,15 @@ pub struct View {
     pub ended: bool,
 }
 
+/// The other role's agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its site.
+    pub site: String,
+    /// Its address.
+    pub url: String,
+}
+
 /// One role in one migration, as the API and the site see it. The driver's task has the other ends.
 #[derive(Debug)]
 pub struct Session {
@@ -78,8 +92,10 @@ pub struct Session {
     pub role: Role,
     /// The workload.
     pub workload: String,
-    /// The other agent's site, once the role is prepared.
-    pub peer_site: OnceLock<String>,
+    /// The other agent, once the role is prepared.
+    pub peer: OnceLock<Peer>,
+    /// Target: whether memory can be fetched after the restore.
+    pub can_fetch: OnceLock<bool>,
     inbox: mpsc::UnboundedSender<Ask>,
     events: Mutex<Vec<AgentEvent>>,
     /// Grows with each event and change of the view.
@@ -105,7 +121,8 @@ impl Session {
             id: id.to_owned(),
             role,
             workload: workload.to_owned(),
-            peer_site: OnceLock::new(),
+            peer: OnceLock::new(),
+            can_fetch: OnceLock::new(),
             inbox,
             events: Mutex::default(),
             changed: watch::Sender::new(0),

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use super::config::{Config, Workload};
 use super::images::{self, ImagesError};
 use super::readiness::Readiness;
-use super::session::{Session, View};
+use super::session::{Ask, Session, View};
 use crate::coordinator::machine::LEASE;
 use crate::criu::program::Program;
 use crate::decapsulator::{Decapsulator, DecapsulatorError};
@@ -23,7 +23,7 @@ use crate::protocol::{WorkloadState, WorkloadStatus};
 use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
 use crate::workload::processes::{self, Process};
-use crate::workload::record::{Records, root_of};
+use crate::workload::record::{Debt, Left, Records, root_of};
 use crate::workload::sys;
 use crate::workload::user::{Identity, UserError};
 
@@ -287,7 +287,7 @@ impl Site {
             cgroup.set_bounds()?;
         }
         self.records.write(name, holder.pid())?;
-        self.mark_left(name, false);
+        self.mark_left(name, None);
         let holder = holder.keep().await?;
         self.set_running(name, holder);
         tracing::info!(workload = name, "started");
@@ -351,16 +351,32 @@ impl Site {
     /// on there, so nothing may be said on them from here.
     pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
         if let Place::Running(holder) = self.place(name) {
-            self.mark_left(name, true);
+            self.mark_left(name, Some(&Left::default()));
             repair::disconnect(holder.pid).await;
         }
         self.stop(name).await
     }
 
     /// Marks a workload as one that may run elsewhere, or takes the mark off.
-    pub fn mark_left(&self, name: &str, left: bool) {
+    pub fn mark_left(&self, name: &str, left: Option<&Left>) {
         if let Err(error) = self.records.set_left(name, left) {
-            tracing::error!(workload = name, %error, left, "whether the workload has left could not be written down");
+            tracing::error!(workload = name, %error, ?left, "whether the workload has left could not be written down");
+        }
+    }
+
+    /// The workload whose memory a migration's target still fetches from here, and who that is.
+    pub fn debt(&self, id: &str) -> Option<(String, Debt)> {
+        self.config.workloads.iter().find_map(|workload| {
+            let debt = self.records.debt(&workload.name)?;
+            (debt.migration == id).then(|| (workload.name.clone(), debt))
+        })
+    }
+
+    /// All of a workload's memory is at the target.
+    pub fn settle_debt(&self, name: &str, id: &str) {
+        self.mark_left(name, Some(&Left::default()));
+        if let Some(session) = self.session(id) {
+            session.ask(Ask::Served);
         }
     }
 

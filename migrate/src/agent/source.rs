@@ -1,6 +1,5 @@
 //! The source's driver: performs what [`crate::roles::source`] says, and tells it what happened.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,23 +19,21 @@ use crate::coordinator::machine::MARGIN;
 use crate::criu::kernel_cache;
 use crate::criu::rpc::Features;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
-use crate::memory::layout::{self, EARLIER_FOLDER, LayoutError, Pages};
+use crate::memory::layout::{self, EARLIER_FOLDER, Laid, LayoutError, Pages};
 use crate::memory::read::Image;
 use crate::net::drain::Queues;
 use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
-use crate::protocol::manifest::Manifest;
-use crate::protocol::{Prepare, Role, WorkloadState};
+use crate::protocol::manifest::{Manifest, Welcome};
+use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
 use crate::workload::holder::HolderPid;
 use crate::workload::processes::{self, Process};
+use crate::workload::record::{Debt, Left};
 
 /// Why a source could not get ready.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
-    /// The request lacks it.
-    #[error("a source has to be told its `target_url`")]
-    NoTarget,
     /// The workload.
     #[error(transparent)]
     Site(#[from] SiteError),
@@ -46,6 +43,9 @@ pub enum PrepareError {
     /// The workload cannot enter the target's site, in its agent's words.
     #[error("{0}")]
     Unwelcome(String),
+    /// It has not all of its memory.
+    #[error("workload {0:?} still fetches memory from the site where it was before: wait until that is done")]
+    Indebted(String),
     /// The rules.
     #[error(transparent)]
     Silence(#[from] SilenceError),
@@ -69,6 +69,7 @@ const WELCOME_LIMIT: Duration = Duration::from_secs(15);
 struct Driver {
     site: Arc<Site>,
     session: Arc<Session>,
+    peer_site: String,
     workload: super::config::Workload,
     holder: HolderPid,
     /// As the holder's pid namespace counts.
@@ -77,6 +78,12 @@ struct Driver {
     swrk: Option<Swrk>,
     /// CRIU can leave the pages to us.
     leaves_pages: bool,
+    /// When they go over.
+    pages: Pages,
+    /// Bytes of those that the target has to fetch yet.
+    later_bytes: u64,
+    /// The coordinator wants it released, and the target fetches memory.
+    release_waits: bool,
     upload: Option<Upload>,
     silence: Silence,
     silence_timeout: Duration,
@@ -97,7 +104,6 @@ struct Driver {
 /// target is open. Nothing has been done to the workload.
 pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<(), PrepareError> {
     let name = &prepare.workload;
-    let target_url = prepare.target_url.as_deref().ok_or(PrepareError::NoTarget)?;
     let workload = site.workload(name)?.clone();
     let (holder, root) = site.running(name)?;
     let (session, asks) = Session::new(id, Role::Source, name, WorkloadState::Running);
@@ -105,7 +111,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     site.set(name, Place::Migrating(session.clone()));
     site.add_session(&session);
     // From here on, every failure has to give the workload back.
-    let ready = ready(site, &session, workload, target_url, (holder, root), prepare).await;
+    let ready = ready(site, &session, workload, (holder, root), prepare).await;
     match ready {
         Ok((driver, news)) => {
             driver.show(&State::Ready);
@@ -125,18 +131,20 @@ async fn ready(
     site: &Arc<Site>,
     session: &Arc<Session>,
     workload: super::config::Workload,
-    target_url: &str,
     (holder, root): (HolderPid, Process),
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
     let target = AgentAt {
         site: prepare.peer_site.clone(),
-        url: target_url.to_owned(),
+        url: prepare.peer_url.clone(),
         tls: site.config.transport.tls().cloned(),
     };
     let client = Arc::new(AgentClient::new(&target)?);
-    let manifest = site.may_leave(&workload.name, holder, &root).await?;
-    introduce(&client, &session.id, &manifest).await?;
+    if holder.lacks_memory() {
+        return Err(PrepareError::Indebted(workload.name));
+    }
+    let manifest = site.may_leave(&workload.name, workload.memory, holder, &root).await?;
+    let is_welcome_later = introduce(&client, &session.id, &manifest).await?;
 
     let silence = site.silence(&workload);
     // A table of a former migration that was cut off would be in the way.
@@ -147,7 +155,7 @@ async fn ready(
     holder.save_kernel_cache(&site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
-        layout::write_earlier(folder.path(), tasks_of(holder).into_keys())?;
+        layout::write_earlier(folder.path(), processes::tasks_of(holder.pid).into_keys())?;
     }
     start_dump(&mut swrk, root.inner_pid, leaves_pages).await?;
 
@@ -165,12 +173,16 @@ async fn ready(
         armed: Some(silence.arm(silence_timeout)?),
         site: site.clone(),
         session: session.clone(),
+        peer_site: prepare.peer_site.clone(),
         workload,
         holder,
         pid: root.inner_pid,
         folder,
         swrk: Some(swrk),
         leaves_pages,
+        pages: if is_welcome_later && leaves_pages { Pages::Later } else { Pages::Now },
+        later_bytes: 0,
+        release_waits: false,
         upload: Some(upload),
         silence,
         silence_timeout,
@@ -186,17 +198,18 @@ async fn ready(
 }
 
 /// Asks the target's agent whether the workload may come, and sees how far its clock is from ours.
-async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Result<(), PrepareError> {
+/// Gives whether the target fetches memory later.
+async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Result<bool, PrepareError> {
     // So that opening the connection does not count as time on the way.
     client.connect().await?;
     let (path, sent_unix_us) = (format!("/v1/migrations/{id}/manifest"), now_unix_us());
-    let welcome =
-        client.json(Method::POST, &path, Some(manifest), WELCOME_LIMIT).await.map_err(
-            |error| match error {
-                ClientError::Refused { detail, .. } => PrepareError::Unwelcome(detail),
-                error => error.into(),
-            },
-        )?;
+    let welcome: Welcome = client.json(Method::POST, &path, Some(manifest), WELCOME_LIMIT).await.map_err(
+        |error| match error {
+            ClientError::Refused { detail, .. } => PrepareError::Unwelcome(detail),
+            error => error.into(),
+        },
+    )?;
+    let later = welcome.later;
     let offset = Offset::of(sent_unix_us, welcome, now_unix_us());
     let (ahead_ms, error_ms) = (offset.ahead_us as f64 / 1e3, offset.error_us as f64 / 1e3);
     if offset.is_large() {
@@ -209,13 +222,7 @@ async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Resul
     } else {
         tracing::info!(migration = id, ahead_ms, error_ms, "the target's clock beside ours");
     }
-    Ok(())
-}
-
-/// A holder's tasks: the host's pid by their own.
-fn tasks_of(holder: HolderPid) -> BTreeMap<i32, i32> {
-    let tasks = processes::descendants(holder.pid).into_iter().filter_map(Process::read);
-    tasks.map(|task| (task.inner_pid, task.pid)).collect()
+    Ok(later)
 }
 
 fn queues_of(holder: HolderPid) -> Queues {
@@ -294,9 +301,10 @@ impl Driver {
                 Some(Event::HookFrozen { at_unix_us })
             }
             Said::Hook(Hook::PostDump) => match self.dumped() {
-                Ok(images) => {
+                Ok(Laid { images, later_bytes }) => {
                     let image_bytes = images.iter().map(|image| image.len).sum();
                     self.images = images;
+                    self.later_bytes = later_bytes;
                     Some(Event::HookPostDump { image_bytes })
                 }
                 Err(reason) => {
@@ -324,7 +332,7 @@ impl Driver {
 
     /// Makes CRIU leave the pages of all tasks out, which do not run any more.
     fn leave_pages_out(&self) {
-        let tasks = tasks_of(self.holder);
+        let tasks = processes::tasks_of(self.holder.pid);
         if let Err(error) = layout::write_earlier(self.folder.path(), tasks.keys().copied()) {
             // CRIU says then what it lacks, and the tasks run again.
             tracing::error!(error = chain(&error), "CRIU could not be told to leave the memory out");
@@ -335,9 +343,10 @@ impl Driver {
         }
     }
 
-    fn dumped(&self) -> Result<Vec<Image>, String> {
+    fn dumped(&self) -> Result<Laid, String> {
         let files = self.folder.list().map_err(|error| chain(&error))?;
-        let images = layout::images(self.folder.path(), files, &tasks_of(self.holder), Pages::Now);
+        let images =
+            layout::images(self.folder.path(), files, &processes::tasks_of(self.holder.pid), self.pages);
         images.map_err(|error: LayoutError| chain(&error))
     }
 
@@ -348,12 +357,23 @@ impl Driver {
                 self.expires = Instant::now() + self.patience;
                 Some(Event::Freeze)
             }
+            // What is here is a part of the workload that runs there. To the role the word comes later.
+            Ask::Release if self.later_bytes > 0 => {
+                self.release_waits = true;
+                None
+            }
             Ask::Release => Some(Event::Release),
+            Ask::Served => {
+                let bytes = std::mem::take(&mut self.later_bytes);
+                self.session.report(AgentEvent::Served { at_unix_us: now_unix_us(), bytes });
+                std::mem::take(&mut self.release_waits).then_some(Event::Release)
+            }
             Ask::Abort => Some(Event::Abort),
             // A target's.
             Ask::Offer
             | Ask::Go { .. }
             | Ask::Confirm
+            | Ask::Fetch(_)
             | Ask::ImagesBegun
             | Ask::ImagesComplete { .. }
             | Ask::ImagesFailed(_) => None,
@@ -380,7 +400,9 @@ impl Driver {
             }
             Command::Fence => {
                 repair::signal(self.holder.pid, Signal::SIGSTOP);
-                self.site.mark_left(&self.workload.name, true);
+                let debt = || Debt { migration: self.session.id.clone(), to: self.peer_site.clone() };
+                let left = Left { debt: (self.later_bytes > 0).then(debt) };
+                self.site.mark_left(&self.workload.name, Some(&left));
             }
             Command::Unfence => repair::signal(self.holder.pid, Signal::SIGCONT),
             Command::Revive => {
@@ -452,7 +474,7 @@ impl Driver {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
             if self.leaves_pages {
-                let tasks = tasks_of(self.holder).into_keys();
+                let tasks = processes::tasks_of(self.holder.pid).into_keys();
                 layout::write_earlier(self.folder.path(), tasks).map_err(|error| chain(&error))?;
             }
             let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
@@ -515,7 +537,7 @@ impl Driver {
                 self.site.set(name, Place::Absent);
             }
             _ => {
-                self.site.mark_left(name, false);
+                self.site.mark_left(name, None);
                 self.site.set_running(name, self.holder);
             }
         }

@@ -1,10 +1,13 @@
 //! The target's driver: performs what [`crate::roles::target`] says, and tells it what happened.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -51,6 +54,8 @@ pub enum PrepareError {
 
 /// How long what a former migration left may take to go.
 const FORMER_LIMIT: Duration = Duration::from_secs(4);
+/// A pager opens two connections to the source's agent.
+const PAGER_LIMIT: Duration = Duration::from_secs(8);
 /// When the images of a server that runs are wiped.
 const WIPE_AFTER: Duration = Duration::from_millis(500);
 
@@ -67,6 +72,8 @@ struct Driver {
     lease: Duration,
     silence: Silence,
     muting: Option<Muting>,
+    /// Memory comes after the restore.
+    is_lazy: bool,
     expires: Instant,
     inner: mpsc::UnboundedSender<Event>,
 }
@@ -132,7 +139,9 @@ async fn ready(
     let muting = silence.arm_muting()?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
     let mut swrk = Swrk::start(&site.criu, holder.pid(), &workload.make_cgroup()?, folder.path())?;
-    swrk.warm().await?;
+    let features = swrk.warm().await?;
+    // It is prepared once.
+    let _ = session.can_fetch.set(features.lazy_pages == Some(true));
     holder.pid().save_kernel_cache(&site.kernel_cache());
     let (inner, news) = mpsc::unbounded_channel();
     let driver = Driver {
@@ -146,10 +155,42 @@ async fn ready(
         lease: Duration::from_millis(prepare.lease_ms),
         silence,
         muting: Some(Muting::Armed(Box::new(muting))),
+        is_lazy: false,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
     };
     Ok((driver, news))
+}
+
+/// Starts who brings memory after the restore; false if that cannot be done here.
+pub async fn fetch_later(site: &Site, session: &Session) -> Result<bool, ReadinessError> {
+    let Some(peer) = session.peer.get().filter(|_| session.can_fetch.get() == Some(&true)) else {
+        return Ok(false);
+    };
+    let (guard, end) = std::os::unix::net::UnixStream::pair()?;
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command.args(["pager", "--id", &session.id, "--source-site", &peer.site, "--source-url", &peer.url]);
+    command.arg("--folder").arg(site.images.join(&session.id));
+    if let Some(files) = site.config.transport.tls() {
+        command.arg("--tls").args([&files.ca, &files.certificate, &files.key]);
+    }
+    // A signal for the agent's terminal is not for it.
+    command.stdin(OwnedFd::from(guard)).stdout(Stdio::piped()).process_group(0);
+    let mut pager = command.spawn()?;
+    // It has its own copy of its end, which has to be the only one.
+    drop(command);
+    let Some(stdout) = pager.stdout.take() else { return Ok(false) };
+    let mut said = String::new();
+    let heard = tokio::time::timeout(PAGER_LIMIT, BufReader::new(stdout).read_line(&mut said)).await;
+    if !matches!(heard, Ok(Ok(_))) || said != "ready\n" {
+        return Err(ReadinessError::Broken(format!(
+            "this site's agent cannot fetch memory from {}: is that address reachable from here? Its log says more",
+            peer.url
+        )));
+    }
+    tokio::spawn(async move { pager.wait().await });
+    session.ask(Ask::Fetch(Arc::new(end.into())));
+    Ok(true)
 }
 
 /// Takes the images that the source sends.
@@ -242,6 +283,15 @@ impl Driver {
             Ask::Go { offer } => Some(Event::Go { offer }),
             Ask::Confirm => Some(Event::Confirm),
             Ask::Abort => Some(Event::Abort),
+            Ask::Fetch(end) => {
+                match self.holder.as_ref().map(|holder| holder.guard(&end)) {
+                    Some(Ok(())) => self.is_lazy = true,
+                    // Without its guard the pager goes away, and the restore says that it is not there.
+                    Some(Err(error)) => tracing::error!(error = chain(&error), "nobody guards the memory"),
+                    None => {}
+                }
+                None
+            }
             Ask::ImagesBegun => {
                 self.expires = Instant::now() + self.patience;
                 None
@@ -249,7 +299,7 @@ impl Driver {
             Ask::ImagesComplete { sent_bytes } => Some(Event::ImagesComplete { sent_bytes }),
             Ask::ImagesFailed(reason) => Some(Event::ImagesFailed(reason)),
             // A source's.
-            Ask::Freeze { .. } | Ask::Release => None,
+            Ask::Freeze { .. } | Ask::Release | Ask::Served => None,
         }
     }
 
@@ -260,7 +310,7 @@ impl Driver {
                     self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
                 }
                 if let Some(swrk) = &mut self.swrk
-                    && let Err(error) = swrk.restore(false).await
+                    && let Err(error) = swrk.restore(self.is_lazy).await
                 {
                     tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
                 }
@@ -296,7 +346,7 @@ impl Driver {
                     self.expires = Instant::now() + self.lease;
                 }
                 if event == AgentEvent::Confirmed {
-                    self.site.mark_left(&self.session.workload, false);
+                    self.site.mark_left(&self.session.workload, None);
                 }
                 if event == AgentEvent::Confirmed
                     && let Some(holder) = self.holder.take()

@@ -39,8 +39,10 @@ struct Figures {
     frozen_at: Option<i64>,
     running_at: Option<i64>,
     resumed_at: Option<i64>,
+    served_at: Option<i64>,
     image_bytes: Option<u64>,
     sent_bytes: Option<u64>,
+    later_bytes: Option<u64>,
 }
 
 struct Driver {
@@ -56,6 +58,8 @@ struct Driver {
     figures: Figures,
     frozen_seen: Option<Instant>,
     running_seen: Option<Instant>,
+    /// When it was heard that the target has all memory.
+    served_seen: Option<Instant>,
     restored_seen: Option<Instant>,
     flip_us: f64,
     progress: mpsc::UnboundedSender<Progress>,
@@ -89,6 +93,7 @@ pub(super) async fn drive(
         figures: Figures::default(),
         frozen_seen: None,
         running_seen: None,
+        served_seen: None,
         restored_seen: None,
         flip_us: 0.0,
         progress,
@@ -143,6 +148,11 @@ impl Driver {
         figures.resumed_at = figures.resumed_at.or(news.figures.resumed_at);
         figures.image_bytes = news.figures.image_bytes.or(figures.image_bytes);
         figures.sent_bytes = news.figures.sent_bytes.or(figures.sent_bytes);
+        figures.later_bytes = news.figures.later_bytes.or(figures.later_bytes);
+        if news.figures.served_at.is_some() {
+            figures.served_at = news.figures.served_at;
+            self.served_seen = Some(news.at);
+        }
         match news.event {
             Event::Frozen => self.frozen_seen = self.frozen_seen.or(Some(news.at)),
             Event::Restored { .. } => self.restored_seen = Some(news.at),
@@ -310,7 +320,10 @@ impl Driver {
                 Role::Source => self.spec.target.site.clone(),
                 Role::Target => self.spec.source.site.clone(),
             },
-            target_url: (role == Role::Source).then(|| self.spec.target.url.clone()),
+            peer_url: match role {
+                Role::Source => self.spec.target.url.clone(),
+                Role::Target => self.spec.source.url.clone(),
+            },
             hold_deadline_ms: u64::try_from(self.spec.hold.deadline.as_millis()).unwrap_or(u64::MAX),
             lease_ms: u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX),
         };
@@ -367,6 +380,11 @@ impl Driver {
                 Err(ClientError::Refused { status: StatusCode::GONE, .. }) if role == Role::Target => {
                     tell(&news, Event::TargetDropped);
                 }
+                Err(ClientError::Refused { status: StatusCode::TOO_EARLY, detail })
+                    if role == Role::Source =>
+                {
+                    tell(&news, Event::SourceIndebted(detail));
+                }
                 Err(error) => tell(&news, failure(role, chain(&error))),
             }
         });
@@ -421,16 +439,19 @@ impl Driver {
             Outcome::RolledBack => figures.resumed_at,
             Outcome::Committed | Outcome::InDoubt => figures.running_at,
         };
-        let seen_ms = self
-            .frozen_seen
-            .zip(self.running_seen)
-            .map(|(frozen, running)| running.saturating_duration_since(frozen).as_secs_f64() * 1e3);
-        let told_ms = figures.frozen_at.zip(running_at).map(|(from, to)| (to - from) as f64 / 1e3);
-        let freeze_ms = match (told_ms, seen_ms) {
-            (Some(told), Some(seen)) if (told - seen).abs() <= CLOCK_TOLERANCE_MS => told,
-            (_, Some(seen)) => seen,
-            (_, None) => 0.0,
+        // By the agents' clocks, unless they are too far from each other.
+        let between_ms = |told: (Option<i64>, Option<i64>), seen: (Option<Instant>, Option<Instant>)| {
+            let told_ms = told.0.zip(told.1).map(|(from, to)| (to - from) as f64 / 1e3);
+            let seen_ms = seen.0.zip(seen.1);
+            let seen_ms = seen_ms.map(|(from, to)| to.saturating_duration_since(from).as_secs_f64() * 1e3);
+            match (told_ms, seen_ms) {
+                (Some(told), Some(seen)) if (told - seen).abs() <= CLOCK_TOLERANCE_MS => told,
+                (_, Some(seen)) => seen,
+                (_, None) => 0.0,
+            }
         };
+        let freeze_ms = between_ms((figures.frozen_at, running_at), (self.frozen_seen, self.running_seen));
+        let exposed_ms = between_ms((running_at, figures.served_at), (self.running_seen, self.served_seen));
         Report {
             outcome,
             reason,
@@ -440,7 +461,8 @@ impl Driver {
             frozen_at_unix_us: figures.frozen_at,
             running_at_unix_us: figures.frozen_at.and(running_at),
             image_bytes: figures.image_bytes.unwrap_or(0),
-            sent_bytes: figures.sent_bytes.unwrap_or(0),
+            sent_bytes: figures.sent_bytes.unwrap_or(0) + figures.later_bytes.unwrap_or(0),
+            exposed_ms,
         }
     }
 }
@@ -501,6 +523,10 @@ async fn follow(
                 AgentEvent::Confirmed => Event::Confirmed,
                 AgentEvent::Suspended => {
                     failure(role, "its lease ended unconfirmed, so it suspended the workload".to_owned())
+                }
+                AgentEvent::Served { at_unix_us, bytes } => {
+                    (figures.served_at, figures.later_bytes) = (Some(at_unix_us), Some(bytes));
+                    Event::Tick
                 }
                 AgentEvent::Released => Event::Released,
                 AgentEvent::Resumed(running) => {

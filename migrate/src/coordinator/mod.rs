@@ -165,8 +165,11 @@ pub struct Report {
     pub running_at_unix_us: Option<i64>,
     /// Bytes of the images.
     pub image_bytes: u64,
-    /// Bytes sent from source to target.
+    /// Bytes sent from source to target, be it with the images or after them.
     pub sent_bytes: u64,
+    /// How long the running target still lacked memory that was at the source: the loss of either would have been the
+    /// loss of the workload. 0 if all memory came with the images.
+    pub exposed_ms: f64,
 }
 
 /// What happens while a migration runs.

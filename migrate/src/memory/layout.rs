@@ -81,6 +81,15 @@ pub fn write_earlier(folder: &Path, inner_pids: impl IntoIterator<Item = i32>) -
     Ok(())
 }
 
+/// A finished dump as it is sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Laid {
+    /// What goes at once.
+    pub images: Vec<Image>,
+    /// Bytes of the pages that come later.
+    pub later_bytes: u64,
+}
+
 /// What is to be sent of a finished dump: `files` are CRIU's images with their sizes, `tasks` the workload's, host's pid
 /// by their own. The tasks have to stay as they are until it is sent.
 pub fn images(
@@ -88,7 +97,8 @@ pub fn images(
     files: Vec<(String, u64)>,
     tasks: &BTreeMap<i32, i32>,
     pages: Pages,
-) -> Result<Vec<Image>, LayoutError> {
+) -> Result<Laid, LayoutError> {
+    let mut later_bytes = 0;
     let mut images: BTreeMap<String, Image> = files
         .into_iter()
         .map(|(name, len)| (name.clone(), Image { name, len, content: Content::File }))
@@ -109,12 +119,13 @@ pub fn images(
         if file != task.file_bytes {
             return Err(LayoutError::Pages(pages_name));
         }
+        later_bytes += task.later_bytes;
         let list = Bytes::from(write_pagemap(pages_id, &task.entries));
         let mut put = |name: String, len, content| images.insert(name.clone(), Image { name, len, content });
         put(name, list.len() as u64, Content::Bytes(list));
         put(pages_name, task.bytes, Content::Parts(task.parts));
     }
-    Ok(images.into_values().collect())
+    Ok(Laid { images: images.into_values().collect(), later_bytes })
 }
 
 fn read(folder: &Path, name: &str) -> Result<Vec<u8>, LayoutError> {
@@ -139,6 +150,8 @@ struct Task {
     bytes: u64,
     /// Of the file as CRIU wrote it.
     file_bytes: u64,
+    /// Of the pages that are not in it.
+    later_bytes: u64,
 }
 
 impl Task {
@@ -171,7 +184,9 @@ impl Task {
             let len = end - address;
             let flags = if is_lazy { PagemapEntry::LAZY } else { PagemapEntry::PRESENT };
             self.entries.push(PagemapEntry::new(address, len / PAGE_BYTES, flags));
-            if !is_lazy {
+            if is_lazy {
+                self.later_bytes += len;
+            } else {
                 self.parts.push(Part::Memory { pid, address, len });
                 self.bytes += len;
             }
@@ -217,6 +232,7 @@ mod tests {
             ]
         );
         let later = Task::lay_out(7, &entries, &mappings, Pages::Later);
+        assert_eq!((later.bytes, later.later_bytes), (3 * 4096, 3 * 4096));
         assert_eq!(
             later.entries,
             [
@@ -248,7 +264,7 @@ mod tests {
             vec![("pagemap-5000.img".to_owned(), list.len() as u64), ("pages-3.img".to_owned(), 4096)];
         // Nothing was left out of it.
         let tasks = BTreeMap::from([(5000, 70)]);
-        let all = images(folder.path(), files.clone(), &tasks, Pages::Now).unwrap();
+        let all = images(folder.path(), files.clone(), &tasks, Pages::Now).unwrap().images;
         assert!(all.iter().all(|image| image.content == Content::File), "{all:?}");
         let list = write_pagemap(3, &[entry(0x1000, 1, PagemapEntry::PARENT)]);
         fs::write(folder.path().join("pagemap-5000.img"), &list).unwrap();

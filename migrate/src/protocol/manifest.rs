@@ -13,6 +13,8 @@ use super::Protocol;
 pub struct Manifest {
     /// Memory that the images hold and the restored tasks take again.
     pub memory_bytes: u64,
+    /// Most of it is to come after the restore, if the target can fetch it.
+    pub later: bool,
     /// Files that a restore opens.
     pub files: Vec<NeededFile>,
     /// Addresses and ports that a restore binds.
@@ -74,10 +76,12 @@ pub struct Processor {
     pub criu_image: Option<String>,
 }
 
-/// The target's answer: the workload may come. When the question came and when this was said, by the target's
+/// The target's answer: the workload may come. Whether memory is fetched after the restore. When the question came and when this was said, by the target's
 /// `CLOCK_REALTIME`, so that the source sees how far the clocks are apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
+    /// What a restore can do without is fetched later.
+    pub later: bool,
     /// When the manifest had come.
     pub received_unix_us: i64,
     /// When the answer was sent.
@@ -93,6 +97,7 @@ mod tests {
     fn golden_json() {
         let manifest = Manifest {
             memory_bytes: 4096,
+            later: true,
             files: vec![
                 NeededFile { path: "/srv".into(), kind: FileKind::Folder },
                 NeededFile { path: "/dev/null".into(), kind: FileKind::Special },
@@ -109,11 +114,11 @@ mod tests {
             }],
             processor: Processor { instructions: vec!["avx2".into()], criu_image: Some("00ff".into()) },
         };
-        let json = r#"{"memory_bytes":4096,"files":[{"path":"/srv","kind":"folder"},{"path":"/dev/null","kind":"special"},{"path":"/bin/x","kind":{"regular":{"bytes":7,"blake3":"af"}}},{"path":"/log","kind":{"regular":{}}}],"sockets":[{"protocol":"tcp","address":"10.1.0.1:6379","is_open":true}],"processor":{"instructions":["avx2"],"criu_image":"00ff"}}"#;
+        let json = r#"{"memory_bytes":4096,"later":true,"files":[{"path":"/srv","kind":"folder"},{"path":"/dev/null","kind":"special"},{"path":"/bin/x","kind":{"regular":{"bytes":7,"blake3":"af"}}},{"path":"/log","kind":{"regular":{}}}],"sockets":[{"protocol":"tcp","address":"10.1.0.1:6379","is_open":true}],"processor":{"instructions":["avx2"],"criu_image":"00ff"}}"#;
         assert_eq!(serde_json::to_string(&manifest).unwrap(), json);
         assert_eq!(serde_json::from_str::<Manifest>(json).unwrap(), manifest);
-        let welcome = Welcome { received_unix_us: 1, answered_unix_us: 2 };
-        let json = r#"{"received_unix_us":1,"answered_unix_us":2}"#;
+        let welcome = Welcome { later: false, received_unix_us: 1, answered_unix_us: 2 };
+        let json = r#"{"later":false,"received_unix_us":1,"answered_unix_us":2}"#;
         assert_eq!(serde_json::to_string(&welcome).unwrap(), json);
     }
 }

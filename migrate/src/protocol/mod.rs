@@ -9,6 +9,7 @@
 //! | `GET /v1/migrations/{id}/events` | | [`AgentEvent`]s from the first on, one JSON object per line |
 //! | `POST /v1/migrations/{id}/freeze` | [`Freeze`] | 202; what comes of it is in the events |
 //! | `POST /v1/migrations/{id}/manifest` | [`Manifest`](manifest::Manifest) | [`Welcome`](manifest::Welcome) if the workload may come |
+//! | `POST /v1/migrations/{id}/memory` | stream of questions ([`crate::memory::wire`]) | stream of pages |
 //! | `POST /v1/migrations/{id}/images` | image stream ([`frames`]) | 200 when complete |
 //! | `POST /v1/migrations/{id}/offer` | [`Part`] | the number of the target's new offer; null where the workload runs |
 //! | `POST /v1/migrations/{id}/go` | [`Go`] | [`Running`] when the tasks run |
@@ -22,7 +23,7 @@
 //! `application/problem+json` ([`Problem`]).
 //!
 //! With TLS ([`crate::tls`]) all of it is a coordinator's; the agent of a migration's source may do nothing but send its
-//! manifest and its images. Without TLS nobody is asked who they are.
+//! manifest and its images, that of its target nothing but fetch memory. Without TLS nobody is asked who they are.
 
 pub mod frames;
 pub mod manifest;
@@ -75,9 +76,8 @@ pub struct Prepare {
     pub protocol: Protocol,
     /// The other agent's site: the source sends images to no other, the target takes them from no other.
     pub peer_site: String,
-    /// Where the images go; the source needs it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub target_url: Option<String>,
+    /// Where the other agent is: the source sends images there, the target fetches pages from there.
+    pub peer_url: String,
     /// How long the load balancer will hold, from its hold on. An agent that hears nothing for this long
     /// and a margin falls back to the safe side.
     pub hold_deadline_ms: u64,
@@ -159,6 +159,13 @@ pub enum AgentEvent {
     Confirmed,
     /// Target: the lease ended unconfirmed; the tasks are stopped until it is confirmed.
     Suspended,
+    /// Source: the target has all memory that did not come with the images.
+    Served {
+        /// By the agent's `CLOCK_REALTIME`.
+        at_unix_us: i64,
+        /// Bytes of it.
+        bytes: u64,
+    },
     /// Source: the workload is gone from here.
     Released,
     /// Source: the workload runs here (again).
@@ -250,11 +257,11 @@ mod tests {
             address: "10.1.0.1:6379".parse().unwrap(),
             protocol: Protocol::Tcp,
             peer_site: "fra".into(),
-            target_url: Some("https://10.2.2.1:7401".into()),
+            peer_url: "https://10.2.2.1:7401".into(),
             hold_deadline_ms: 5000,
             lease_ms: 10_000,
         };
-        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","peer_site":"fra","target_url":"https://10.2.2.1:7401","hold_deadline_ms":5000,"lease_ms":10000}"#;
+        let json = r#"{"role":"source","workload":"chat-1","address":"10.1.0.1:6379","protocol":"tcp","peer_site":"fra","peer_url":"https://10.2.2.1:7401","hold_deadline_ms":5000,"lease_ms":10000}"#;
         assert_eq!(serde_json::to_string(&prepare).unwrap(), json);
         assert_eq!(serde_json::from_str::<Prepare>(json).unwrap(), prepare);
 
@@ -267,6 +274,10 @@ mod tests {
             (AgentEvent::Running(Running { at_unix_us: 8 }), r#"{"event":"running","at_unix_us":8}"#),
             (AgentEvent::Confirmed, r#"{"event":"confirmed"}"#),
             (AgentEvent::Suspended, r#"{"event":"suspended"}"#),
+            (
+                AgentEvent::Served { at_unix_us: 7, bytes: 9 },
+                r#"{"event":"served","at_unix_us":7,"bytes":9}"#,
+            ),
             (AgentEvent::Released, r#"{"event":"released"}"#),
             (AgentEvent::Resumed(Running { at_unix_us: 8 }), r#"{"event":"resumed","at_unix_us":8}"#),
             (AgentEvent::Dropped, r#"{"event":"dropped"}"#),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::str::FromStr;
@@ -11,9 +12,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::ChildStdin;
+use tokio::net::UnixStream;
 
 use super::processes::{Process, start_ticks, wait_end};
+use crate::memory::guard::send_descriptor;
 
 /// The first pid of a workload's own: far above what CRIU and its helpers use in a fresh namespace, so that
 /// the dumped pids are free at the target.
@@ -26,6 +28,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 pub const KEEP: u8 = b'k';
 /// What it is told so that it outlives its agent, but stops the workload then.
 pub const LEASE: u8 = b'l';
+/// Comes with its end of a guard of the workload's memory.
+pub const GUARD: u8 = b'g';
 
 /// Why a holder could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,13 @@ impl HolderPid {
     pub fn is_alive(&self) -> bool {
         start_ticks(self.pid) == Some(self.start_ticks)
             && Process::read(self.pid).is_some_and(|process| process.is_alive())
+    }
+
+    /// Whether the workload still waits for some of its memory, which pid 1 guards meanwhile.
+    pub fn lacks_memory(&self) -> bool {
+        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
+        let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+        links.into_iter().any(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
     }
 
     /// CRIU's cache of what it has found out about this kernel, inside the holder.
@@ -111,7 +122,7 @@ fn no_pipe() -> io::Error {
 #[derive(Debug)]
 pub struct Holder {
     pid: HolderPid,
-    keep: ChildStdin,
+    keep: UnixStream,
 }
 
 impl Holder {
@@ -119,13 +130,17 @@ impl Holder {
     /// restored the pids come with it. `kernel_cache` is where [`HolderPid::save_kernel_cache`] puts CRIU's.
     pub async fn start(first_pid: Option<u32>, kernel_cache: &Path) -> Result<Self, HolderError> {
         let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.arg("holder").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (keep, theirs) = std::os::unix::net::UnixStream::pair()?;
+        keep.set_nonblocking(true)?;
+        let keep = UnixStream::from_std(keep)?;
+        command.arg("holder").stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.arg("--kernel-cache").arg(kernel_cache);
         if let Some(first_pid) = first_pid {
             command.args(["--first-pid", &first_pid.to_string()]);
         }
         let mut child = command.spawn()?;
-        let keep = child.stdin.take().ok_or_else(no_pipe)?;
+        // It has its own copy of the other end, which has to be the only one.
+        drop(command);
         let mut stdout = child.stdout.take().ok_or_else(no_pipe)?;
         let mut stderr = child.stderr.take().ok_or_else(no_pipe)?;
         // Both ends are closed by pid 1 when it is ready, and by their deaths otherwise.
@@ -153,6 +168,11 @@ impl Holder {
     /// From here on the agent's death does not kill the workload, but stops it.
     pub async fn lease(&mut self) -> Result<(), HolderError> {
         Ok(self.keep.write_all(&[LEASE]).await?)
+    }
+
+    /// Has it guard the workload's memory.
+    pub fn guard(&self, end: &OwnedFd) -> Result<(), HolderError> {
+        Ok(send_descriptor(self.keep.as_raw_fd(), GUARD, end.as_fd())?)
     }
 
     /// Lets it outlive this agent.

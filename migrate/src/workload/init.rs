@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -14,12 +14,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::MsgFlags;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::holder::{KEEP, LEASE};
+use super::holder::{GUARD, KEEP, LEASE};
 use super::sys;
+use crate::memory::guard::{Guard, Todo};
+use crate::memory::restorer::receive_descriptor;
 
 const RUN: &str = "/run";
 /// CRIU's cache of the kernel's features.
@@ -81,29 +84,46 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     nix::unistd::dup2_stdout(&null).context("close stdout")?;
     nix::unistd::dup2_stderr(&null).context("close stderr")?;
 
-    let mut agent = std::io::stdin();
+    let agent = std::io::stdin();
     let (mut kept, mut leased) = (false, false);
+    let mut guard: Option<Guard> = None;
     loop {
         let mut wait = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
-        if !kept {
-            wait.push(PollFd::new(agent.as_fd(), PollFlags::POLLIN));
+        // The places stay the same where there is no agent to be listened to.
+        let agent_fd = if kept { children.as_fd() } else { agent.as_fd() };
+        wait.push(PollFd::new(agent_fd, PollFlags::POLLIN));
+        if let Some(guard) = &guard {
+            wait.push(PollFd::new(guard.as_fd(), PollFlags::POLLIN));
         }
         match poll(&mut wait, PollTimeout::NONE) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("poll"),
         }
-        let heard = wait.get(1).is_some_and(|fd| fd.any() == Some(true));
+        let is_ready = |place: usize| wait.get(place).is_some_and(|fd| fd.any() == Some(true));
+        let (heard, guarded) = (!kept && is_ready(1), is_ready(2));
         while let Ok(Some(_)) = children.read_signal() {}
         while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             if status == WaitStatus::StillAlive {
                 break;
             }
         }
+        if let Some(todo) = guard.as_mut().filter(|_| guarded).map(Guard::hear) {
+            match todo {
+                Todo::Nothing => {}
+                Todo::LetGo => guard = None,
+                Todo::Kill => {
+                    // While the memory is still held: nothing in here may read a zero that is none.
+                    kill_all();
+                    return Ok(());
+                }
+            }
+        }
         if heard {
             let mut word = [0];
-            match agent.read(&mut word) {
-                Ok(1) if word[0] == LEASE => leased = true,
-                Ok(said) if said == 1 && word[0] == KEEP || said == 0 && leased => {
+            match receive_descriptor(agent.as_raw_fd(), &mut word, MsgFlags::empty()) {
+                Ok((1, Some(end))) if word[0] == GUARD => guard = Some(Guard::new(end)),
+                Ok((1, _)) if word[0] == LEASE => leased = true,
+                Ok((said, _)) if said == 1 && word[0] == KEEP || said == 0 && leased => {
                     if said == 0 {
                         // Nobody has confirmed this copy, and nobody is left who would end its lease.
                         let _ = kill(Pid::from_raw(-1), Signal::SIGSTOP);
@@ -116,6 +136,12 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
             }
         }
     }
+}
+
+/// Kills everything in the namespace, and waits until it is gone.
+fn kill_all() {
+    let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+    while waitpid(None, None).is_ok() {}
 }
 
 /// Puts a tmpfs on `/run` with everything that was there still in its place. CRIU keeps its cache of the

@@ -1,5 +1,6 @@
 //! What `/proc` says of processes: identity, state, children.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -56,6 +57,12 @@ pub fn descendants(pid: i32) -> Vec<i32> {
         next += 1;
     }
     all
+}
+
+/// The tasks below a holder: the host's pid by their own.
+pub fn tasks_of(holder: i32) -> BTreeMap<i32, i32> {
+    let tasks = descendants(holder).into_iter().filter_map(Process::read);
+    tasks.map(|task| (task.inner_pid, task.pid)).collect()
 }
 
 /// All processes of the pid namespace that this process is pid 1 of, whoever their parents are.

@@ -5,8 +5,26 @@
 use std::io;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::holder::HolderPid;
 use super::processes::{self, Process};
+
+/// What is written of a workload that may run at another site.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Its memory, where it has not taken all of it along.
+    pub debt: Option<Debt>,
+}
+
+/// Memory that is still to be fetched. What is here of the workload may not be killed before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Debt {
+    /// The migration.
+    pub migration: String,
+    /// The site that fetches it.
+    pub to: String,
+}
 
 /// The records of one agent.
 #[derive(Clone, Debug)]
@@ -47,13 +65,18 @@ impl Records {
         self.left_path(workload).exists()
     }
 
-    /// Marks a workload as one that may run at another site, or takes the mark off. Not flushed to the disk: what that
-    /// takes would be added to a freeze.
-    pub fn set_left(&self, workload: &str, left: bool) -> io::Result<()> {
+    /// The memory that a workload which has left has not taken along yet.
+    pub fn debt(&self, workload: &str) -> Option<Debt> {
+        serde_json::from_slice::<Left>(&std::fs::read(self.left_path(workload)).ok()?).ok()?.debt
+    }
+
+    /// Marks a workload as one that may run at another site, or takes the mark off (`None`). Not flushed to the disk:
+    /// what that takes would be added to a freeze.
+    pub fn set_left(&self, workload: &str, left: Option<&Left>) -> io::Result<()> {
         let path = self.left_path(workload);
         match left {
-            true => std::fs::write(path, ""),
-            false => match std::fs::remove_file(path) {
+            Some(left) => std::fs::write(path, serde_json::to_vec(left)?),
+            None => match std::fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                 _ => Ok(()),
             },
@@ -114,15 +137,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let records = Records::open(folder.path().to_owned()).unwrap();
         assert!(!records.has_left("chat-1"));
-        records.set_left("chat-1", true).unwrap();
+        let debt = Debt { migration: "m-1".into(), to: "fra".into() };
+        records.set_left("chat-1", Some(&Left { debt: Some(debt.clone()) })).unwrap();
+        assert_eq!(records.debt("chat-1"), Some(debt));
+        records.set_left("chat-1", Some(&Left::default())).unwrap();
+        assert_eq!(records.debt("chat-1"), None);
         records.remove("chat-1");
         assert!(Records::open(folder.path().to_owned()).unwrap().has_left("chat-1"));
         assert!(!records.has_left("chat-2"));
         // A copy that is here on a lease may be lost yet.
         records.write("chat-1", HolderPid { pid: 1, start_ticks: 1 }).unwrap();
         assert!(records.has_left("chat-1"));
-        records.set_left("chat-1", false).unwrap();
+        records.set_left("chat-1", None).unwrap();
         assert!(!records.has_left("chat-1"));
-        records.set_left("chat-1", false).unwrap();
+        records.set_left("chat-1", None).unwrap();
     }
 }

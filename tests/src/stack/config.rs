@@ -79,6 +79,7 @@ pub(super) fn agent(
         command: &workload.command,
         dir: workload.dir.as_deref().unwrap_or(lab.dir()),
         start: workload.site == site,
+        memory: workload.memory.name(),
     });
     write(&Agent {
         site: site.name(),
@@ -181,4 +182,5 @@ struct AgentWorkload<'a> {
     command: &'a [String],
     dir: &'a Path,
     start: bool,
+    memory: &'static str,
 }

@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 pub use certificates::Certificates;
-pub use workload::{Mode, Protocol, Tunnels, Workload};
+pub use workload::{Memory, Mode, Protocol, Tunnels, Workload};
 
 use crate::error::LabError;
 use crate::http::{self, Response, Server};

@@ -48,6 +48,29 @@ impl Mode {
     }
 }
 
+/// When a workload's memory goes over, as the agents' configuration has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Memory {
+    /// As its agents see fit.
+    #[default]
+    Auto,
+    /// In the freeze.
+    Pre,
+    /// After the restore.
+    Post,
+}
+
+impl Memory {
+    /// As configurations have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Memory::Auto => "auto",
+            Memory::Pre => "pre",
+            Memory::Post => "post",
+        }
+    }
+}
+
 /// The family of the tunnels to the sites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tunnels {
@@ -76,6 +99,8 @@ pub struct Workload {
     pub service: SocketAddr,
     /// How their packets get to it.
     pub mode: Mode,
+    /// When its memory goes over.
+    pub memory: Memory,
 }
 
 impl Workload {
@@ -106,6 +131,7 @@ impl Workload {
             site: Site::A,
             service: SocketAddr::new(service, PORT + u16::from(number) - 1),
             mode: Mode::Nat,
+            memory: Memory::Auto,
         }
     }
 

@@ -12,8 +12,7 @@ use crate::systems::System;
 /// Measures what clients feel while a server with memory and connections is moved between two sites of a lab: by Drover,
 /// by a script around CRIU as people write it today, and by runc.
 ///
-/// The system `drover` is Drover as it is: it freezes the server, sends all of its memory and restores it. Once it copies
-/// memory ahead or fetches it afterwards, `drover-pre` and `drover-post` stand beside it.
+/// `drover-pre` sends all memory while the server is frozen, `drover-post` most of it once it runs at the other site.
 ///
 /// The systems take turns at each case. Each moves the same server there and back, over the same link between the sites
 /// (emulated where it has a delay or a rate), under the same clients.
@@ -29,7 +28,7 @@ pub struct Args {
     pub output: Output,
     /// Measures these cases instead of the usual ones; may be given several times.
     ///
-    /// AXIS is system (drover, script, runc), size (resident MB), connections, dirty (percent of the pages rewritten each
+    /// AXIS is system (drover-pre, drover-post, script, runc), size (resident MB), connections, dirty (percent of the pages rewritten each
     /// second), delay (ms, one way) or rate (Mb/s, or unlimited). VALUE may be several with / between them, or * for 10,
     /// 100 and 1000 MB, 1, 1000 and 5000 connections, 0, 5 and 20 percent, 0 and 40 ms, unlimited, 1000 and 100 Mb/s. What
     /// is left out is 10 MB, 1 connection, 0 percent, 0 ms, unlimited.
@@ -139,9 +138,9 @@ mod tests {
         let args = Args::parse_from([
             "moves",
             "--case",
-            "system=drover",
+            "system=drover-post",
             "--case",
-            "system=runc/drover,size=10/100",
+            "system=runc/drover-pre,size=10/100",
         ]);
         let cases = args.cases();
         let told: Vec<_> = cases.iter().map(|(case, systems)| (case.resident_mb, systems.len())).collect();

@@ -45,6 +45,8 @@ pub enum Event {
     GateResumed,
     /// The gate could not be opened again.
     ResumeRefused(String),
+    /// The source cannot be released yet: the target still fetches memory from it.
+    SourceIndebted(String),
     /// The source said that it failed, or its agent cannot be reached.
     SourceFailed(String),
     /// The target said that it failed, or its agent cannot be reached.

@@ -267,6 +267,7 @@ impl Machine {
                 | Event::Confirmed
                 | Event::GateResumed
                 | Event::ResumeRefused(_)
+                | Event::SourceIndebted(_)
                 | Event::Resolve(_)
                 | Event::Tick,
             ) => Vec::new(),
@@ -347,6 +348,12 @@ impl Machine {
             }
             (After::Releasing(mut release), Event::SourceFailed(trouble)) => {
                 release.failed(trouble, now);
+                (After::Releasing(release), Vec::new())
+            }
+            // That takes as long as it takes.
+            (After::Releasing(mut release), Event::SourceIndebted(trouble)) => {
+                release.failed(trouble, now);
+                release.give_up = now + FORWARD_LIMIT;
                 (After::Releasing(release), Vec::new())
             }
             (After::Releasing(mut release), Event::Tick) => {
@@ -460,6 +467,7 @@ impl Machine {
             | Event::Released
             | Event::SourceResumed
             | Event::SourceFailed(_)
+            | Event::SourceIndebted(_)
             | Event::Resolve(_)
             | Event::Abort => {}
         }

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
 use bench::report::{Coordinated, Outcome, Phase};
-use lab::stack::{HoldOptions, Mode, Protocol, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Memory, Mode, Protocol, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, processors};
 use serde::Deserialize;
 use serde_json::Value;
@@ -24,10 +24,15 @@ const MIGRATION_LIMIT: Duration = Duration::from_secs(400);
 const LOOK: Duration = Duration::from_millis(10);
 
 /// For the report.
-pub fn describe() -> String {
+pub fn describe(memory: Memory) -> String {
+    let how = match memory {
+        Memory::Auto => "as the agents see fit",
+        Memory::Pre => "with the images",
+        Memory::Post => "after the restore",
+    };
     format!(
         "POST /v1/migrations: nat at the hook that `auto` chooses, policy hold, deadline and age {HOLD_MS} ms, the \
-         rest as by default; images from memory to memory over TLS; no memory is copied ahead or fetched afterwards"
+         rest as by default; the agents bring the memory {how}, over TLS"
     )
 }
 
@@ -46,7 +51,7 @@ struct Migration {
 
 impl Placed {
     /// Starts everything.
-    pub fn new(case: &Case) -> anyhow::Result<Placed> {
+    pub fn new(case: &Case, memory: Memory) -> anyhow::Result<Placed> {
         let program = own_program().context("cannot find this program's own path")?;
         let workload = Workload {
             name: BACKEND.to_owned(),
@@ -57,6 +62,7 @@ impl Placed {
             site: Site::A,
             service: SocketAddr::from((address::VIRTUAL4, PORT)),
             mode: Mode::Nat,
+            memory,
         };
         let hold =
             HoldOptions { deadline_ms: Some(HOLD_MS), max_age_ms: Some(HOLD_MS), ..HoldOptions::default() };

@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
-use bench::moves::goals::{DROVER, SCRIPT};
+use bench::moves::goals::{DROVER_POST, DROVER_PRE, SCRIPT};
 use lab::link::{QueueLimit, Spec, WaySpec};
+use lab::stack::Memory;
 use lab::{Lab, Site, address};
 
 /// The server's port, at its own address and at the virtual one.
@@ -24,8 +25,10 @@ const QUEUE_BYTES: u64 = 256 * 1024;
 /// Who moves the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum System {
-    /// The load balancer and its agents.
-    Drover,
+    /// The load balancer and its agents; the memory goes with the images.
+    DroverPre,
+    /// The same; most of the memory goes after the restore.
+    DroverPost,
     /// CRIU, a copy and a route, by a script.
     Script,
     /// `runc checkpoint`, a copy, `runc restore` and a route, by the same script.
@@ -49,12 +52,13 @@ pub trait Place {
 
 impl System {
     /// All, in the order of the report.
-    pub const ALL: [System; 3] = [System::Drover, System::Script, System::Runc];
+    pub const ALL: [System; 4] = [System::DroverPre, System::DroverPost, System::Script, System::Runc];
 
     /// As in the report and on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            System::Drover => DROVER,
+            System::DroverPre => DROVER_PRE,
+            System::DroverPost => DROVER_POST,
             System::Script => SCRIPT,
             System::Runc => "runc",
         }
@@ -68,7 +72,8 @@ impl System {
     /// How it moves the server, for the report.
     pub fn describe(self) -> String {
         match self {
-            System::Drover => drover::describe(),
+            System::DroverPre => drover::describe(Memory::Pre),
+            System::DroverPost => drover::describe(Memory::Post),
             System::Script | System::Runc => by_hand::SCRIPT.to_owned(),
         }
     }
@@ -76,7 +81,7 @@ impl System {
     /// Why it cannot be measured here, if so.
     pub fn missing(self) -> Option<String> {
         let programs: &[(&str, &str)] = match self {
-            System::Drover => &[],
+            System::DroverPre | System::DroverPost => &[],
             System::Script => &[("nc", "netcat-openbsd")],
             System::Runc => &[("nc", "netcat-openbsd"), ("runc", "runc")],
         };
@@ -89,7 +94,8 @@ impl System {
     /// Makes a lab with the server in it, at the first site.
     pub fn set_up(self, case: &Case) -> anyhow::Result<Box<dyn Place>> {
         Ok(match self {
-            System::Drover => Box::new(drover::Placed::new(case)?),
+            System::DroverPre => Box::new(drover::Placed::new(case, Memory::Pre)?),
+            System::DroverPost => Box::new(drover::Placed::new(case, Memory::Post)?),
             System::Script => Box::new(by_hand::ByHand::new(by_hand::Tool::Criu, case)?),
             System::Runc => Box::new(by_hand::ByHand::new(by_hand::Tool::Runc, case)?),
         })

@@ -1,0 +1,138 @@
+//! Memory that goes over after the restore: a redis server with a hundred thousand keys under live clients, moved there
+//! and back, and what becomes of it when somebody dies before all of it is there.
+
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
+
+mod drill;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use lab::link::{Spec, WaySpec};
+use lab::stack::{HoldOptions, Memory, StackOptions, Workload};
+use lab::{Site, wait_for};
+use serde_json::Value;
+
+use drill::{Drill, LIMIT};
+
+/// Keys of a kilobyte each.
+const KEYS: u32 = 60_000;
+
+impl Drill {
+    /// With memory that goes over after the restore, on a link of so many bits a second.
+    fn large(rate: Option<u64>) -> Self {
+        let mut workload = Workload { memory: Memory::Post, ..Workload::redis(1) };
+        workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
+        let hold =
+            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
+        let way = |rate| WaySpec { rate_bits_per_s: NonZeroU64::new(rate), ..WaySpec::default() };
+        let link = rate.map(|rate| Spec::symmetric(way(rate)));
+        let drill =
+            Self::with(StackOptions { workloads: vec![workload], hold, link, ..StackOptions::default() });
+        assert!(drill.redis(&["DEBUG", "POPULATE", &KEYS.to_string(), "key", "1000"]).starts_with("+OK"));
+        drill
+    }
+
+    /// What redis answers, from a connection of its own.
+    fn redis(&self, words: &[&str]) -> String {
+        let mut question = format!("*{}\r\n", words.len());
+        for word in words {
+            question += &format!("${}\r\n{word}\r\n", word.len());
+        }
+        let target = self.workload.service;
+        self.stack.lab().client().run(|| {
+            let mut stream = TcpStream::connect_timeout(&target, LIMIT).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(question.as_bytes()).unwrap();
+            let mut lines = BufReader::new(stream);
+            let mut line = || {
+                let mut line = String::new();
+                lines.read_line(&mut line).unwrap();
+                line
+            };
+            let first = line();
+            // What follows an array's head are its lines; what follows a text's are those up to the empty one.
+            match first.strip_prefix('*').map(|count| count.trim().parse().unwrap()) {
+                Some(count) => (0..count).fold(first, |all: String, _: u32| all + &line()),
+                None if first.starts_with('$') => {
+                    first.clone()
+                        + &std::iter::repeat_with(line).take_while(|line| line != "\r\n").collect::<String>()
+                }
+                None => first,
+            }
+        })
+    }
+
+    /// Of all keys and values; the clients' counters change meanwhile, so only what was populated is asked for.
+    fn digest(&self) -> String {
+        let keys: Vec<String> = (0..KEYS).step_by(7).map(|key| format!("key:{key}")).collect();
+        let mut words = vec!["DEBUG", "DIGEST-VALUE"];
+        words.extend(keys.iter().map(String::as_str));
+        self.redis(&words)
+    }
+}
+
+#[test]
+fn a_large_server_moves_there_and_back_before_its_memory() {
+    let drill = Drill::large(None);
+    let digest = drill.digest();
+    assert!(digest.starts_with('*'), "{digest}");
+    for (number, to) in [Site::B, Site::A].repeat(5).into_iter().enumerate() {
+        let migration = drill.migrate(to, Value::Null);
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        let report = &migration["report"];
+        assert!(report["exposed_ms"].as_f64().unwrap() > 0.0, "{report:#}");
+        assert!(report["image_bytes"].as_u64().unwrap() < 8 << 20, "{report:#}");
+        assert!(report["sent_bytes"].as_u64().unwrap() > 60 << 20, "{report:#}");
+        if number % 3 == 0 {
+            assert_eq!(drill.digest(), digest, "move {number}");
+        }
+    }
+    assert_eq!(drill.digest(), digest);
+    drill.must_be_whole();
+}
+
+#[test]
+fn a_server_may_fork_and_free_memory_that_it_has_not_got_yet() {
+    // Slow enough that all of it happens before the memory is there.
+    let drill = Drill::large(Some(200_000_000));
+    let digest = drill.digest();
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    wait_for(LIMIT, || (drill.backend()["location"] == "fra").then_some(())).expect("it flips");
+    assert!(drill.redis(&["DEBUG", "POPULATE", "20000", "more", "1000"]).starts_with("+OK"));
+    let saved = drill.redis(&["BGSAVE"]);
+    assert!(saved.starts_with("+Background saving started"), "{saved}");
+    assert!(drill.redis(&["MEMORY", "PURGE"]).starts_with("+OK"));
+    assert_eq!(drill.digest(), digest);
+    let migration = drill.stack.finished_migration(&id, 3 * LIMIT).unwrap();
+    assert_eq!(migration["state"], "committed", "{migration:#}");
+    assert!(migration["report"]["exposed_ms"].as_f64().unwrap() > 500.0, "{migration:#}");
+    let status = wait_for(LIMIT, || {
+        let info = drill.redis(&["INFO", "persistence"]);
+        info.contains("rdb_bgsave_in_progress:0").then_some(info)
+    });
+    assert!(status.expect("the child ends").contains("rdb_last_bgsave_status:ok"));
+    assert_eq!(drill.digest(), digest);
+    drill.must_be_whole();
+}
+
+#[test]
+fn both_agents_may_die_before_all_memory_is_there() {
+    let mut drill = Drill::large(Some(200_000_000));
+    let digest = drill.digest();
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    wait_for(LIMIT, || (drill.backend()["location"] == "fra").then_some(())).expect("it flips");
+    drill.goes_on();
+    drill.stack.restart_agent(Site::A).unwrap();
+    drill.stack.restart_agent(Site::B).unwrap();
+    let migration = drill.stack.finished_migration(&id, 3 * LIMIT).unwrap();
+    assert_eq!(migration["state"], "committed", "{migration:#}");
+    assert_eq!(drill.digest(), digest);
+    // What has all of its memory can move on.
+    std::thread::sleep(Duration::from_millis(200));
+    drill.commits(Site::A);
+    assert_eq!(drill.digest(), digest);
+    drill.must_be_whole();
+}
