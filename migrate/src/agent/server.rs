@@ -28,8 +28,8 @@ use crate::decapsulator;
 use crate::memory::serve;
 use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{
-    AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, WorkloadState,
-    WorkloadStatus, is_valid_id,
+    AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, Served,
+    WorkloadState, WorkloadStatus, is_valid_id,
 };
 use crate::workload::processes;
 
@@ -471,22 +471,27 @@ async fn release(
     State(site): State<Arc<Site>>,
     Path(id): Path<String>,
     Body_(part): Body_<Part>,
-) -> Answer<Json<()>> {
+) -> Answer<Json<Option<Served>>> {
+    let mut served = None;
     if let Some(session) = site.session(&id) {
         session.ask(Ask::Release);
         let ended = ended(&session).await;
         refuse_to_indebted(&site, &id)?;
         ended?;
+        served = session.find(|event| match event {
+            AgentEvent::Served(served) => Some(*served),
+            _ => None,
+        });
         if session.view().workload == WorkloadState::Absent {
             // Whatever runs here now has come back in a later migration.
-            return Ok(Json(()));
+            return Ok(Json(served));
         }
     }
     refuse_to_indebted(&site, &id)?;
     // It may have fallen back by itself before the word came, or its agent may have been restarted. The
     // target's copy is the one now.
     site.stop_unheard(&part.workload).await?;
-    Ok(Json(()))
+    Ok(Json(served))
 }
 
 /// The target lives on memory that is here.

@@ -167,6 +167,11 @@ impl Session {
         }
     }
 
+    /// Something of what was told so far.
+    pub fn find<T>(&self, pick: impl FnMut(&AgentEvent) -> Option<T>) -> Option<T> {
+        lock(&self.events).iter().find_map(pick)
+    }
+
     /// Asks something and waits for an event that `pick` takes, of those that come from now on; `None` if the role ends
     /// without one.
     pub async fn ask_for<T>(&self, ask: Ask, pick: impl FnMut(&AgentEvent) -> Option<T>) -> Option<T> {

@@ -25,7 +25,7 @@ use crate::net::drain::Queues;
 use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::manifest::{Manifest, Welcome};
-use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
+use crate::protocol::{AgentEvent, Prepare, Role, Served, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
 use crate::workload::holder::HolderPid;
 use crate::workload::processes::{self, Process};
@@ -365,7 +365,7 @@ impl Driver {
             Ask::Release => Some(Event::Release),
             Ask::Served => {
                 let bytes = std::mem::take(&mut self.later_bytes);
-                self.session.report(AgentEvent::Served { at_unix_us: now_unix_us(), bytes });
+                self.session.report(AgentEvent::Served(Served { at_unix_us: now_unix_us(), bytes }));
                 std::mem::take(&mut self.release_waits).then_some(Event::Release)
             }
             Ask::Abort => Some(Event::Abort),

@@ -14,7 +14,7 @@ use super::machine::{Command, Event, LEASE, Machine, State, Verdict};
 use super::operator::{Orders, Resolution};
 use super::{AgentAt, Cutover, Decision, Outcome, Progress, Report, Spec};
 use crate::client::{AgentClient, ClientError, chain};
-use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running};
+use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running, Served};
 
 /// An agent may have to start processes and warm caches.
 const PREPARE_ANSWER: Duration = Duration::from_secs(20);
@@ -39,10 +39,9 @@ struct Figures {
     frozen_at: Option<i64>,
     running_at: Option<i64>,
     resumed_at: Option<i64>,
-    served_at: Option<i64>,
+    served: Option<Served>,
     image_bytes: Option<u64>,
     sent_bytes: Option<u64>,
-    later_bytes: Option<u64>,
 }
 
 struct Driver {
@@ -60,6 +59,8 @@ struct Driver {
     running_seen: Option<Instant>,
     /// When it was heard that the target has all memory.
     served_seen: Option<Instant>,
+    /// The target was heard to fetch memory.
+    is_indebted: bool,
     restored_seen: Option<Instant>,
     flip_us: f64,
     progress: mpsc::UnboundedSender<Progress>,
@@ -94,6 +95,7 @@ pub(super) async fn drive(
         frozen_seen: None,
         running_seen: None,
         served_seen: None,
+        is_indebted: false,
         restored_seen: None,
         flip_us: 0.0,
         progress,
@@ -148,12 +150,14 @@ impl Driver {
         figures.resumed_at = figures.resumed_at.or(news.figures.resumed_at);
         figures.image_bytes = news.figures.image_bytes.or(figures.image_bytes);
         figures.sent_bytes = news.figures.sent_bytes.or(figures.sent_bytes);
-        figures.later_bytes = news.figures.later_bytes.or(figures.later_bytes);
-        if news.figures.served_at.is_some() {
-            figures.served_at = news.figures.served_at;
-            self.served_seen = Some(news.at);
+        figures.served = figures.served.or(news.figures.served);
+        if news.figures.served.is_some() {
+            self.served_seen = self.served_seen.or(Some(news.at));
         }
         match news.event {
+            Event::SourceIndebted(_) => self.is_indebted = true,
+            // An agent that was restarted does not know when that was.
+            Event::Released if self.is_indebted => self.served_seen = self.served_seen.or(Some(news.at)),
             Event::Frozen => self.frozen_seen = self.frozen_seen.or(Some(news.at)),
             Event::Restored { .. } => self.restored_seen = Some(news.at),
             Event::Running | Event::SourceResumed => {
@@ -248,8 +252,8 @@ impl Driver {
                 },
                 Command::Release => {
                     let part = self.part(Role::Source);
-                    self.ask(Role::Source, "release", part, |_: ()| {
-                        Some((Event::Released, Figures::default()))
+                    self.ask(Role::Source, "release", part, |served: Option<Served>| {
+                        Some((Event::Released, Figures { served, ..Figures::default() }))
                     });
                     None
                 }
@@ -451,7 +455,10 @@ impl Driver {
             }
         };
         let freeze_ms = between_ms((figures.frozen_at, running_at), (self.frozen_seen, self.running_seen));
-        let exposed_ms = between_ms((running_at, figures.served_at), (self.running_seen, self.served_seen));
+        let exposed_ms = between_ms(
+            (running_at, figures.served.map(|served| served.at_unix_us)),
+            (self.running_seen, self.served_seen),
+        );
         Report {
             outcome,
             reason,
@@ -461,7 +468,7 @@ impl Driver {
             frozen_at_unix_us: figures.frozen_at,
             running_at_unix_us: figures.frozen_at.and(running_at),
             image_bytes: figures.image_bytes.unwrap_or(0),
-            sent_bytes: figures.sent_bytes.unwrap_or(0) + figures.later_bytes.unwrap_or(0),
+            sent_bytes: figures.sent_bytes.unwrap_or(0) + figures.served.map_or(0, |served| served.bytes),
             exposed_ms,
         }
     }
@@ -524,8 +531,8 @@ async fn follow(
                 AgentEvent::Suspended => {
                     failure(role, "its lease ended unconfirmed, so it suspended the workload".to_owned())
                 }
-                AgentEvent::Served { at_unix_us, bytes } => {
-                    (figures.served_at, figures.later_bytes) = (Some(at_unix_us), Some(bytes));
+                AgentEvent::Served(served) => {
+                    figures.served = Some(served);
                     Event::Tick
                 }
                 AgentEvent::Released => Event::Released,

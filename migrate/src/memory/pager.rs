@@ -26,6 +26,7 @@ use super::uffd::{Filled, Said, Uffd};
 use super::window::Window;
 use super::wire::Question;
 use crate::client::{AgentAt, AgentClient};
+use crate::coordinator::machine::CATCHING_UP;
 use crate::criu::images::{PAGE_BYTES, PagemapEntry, read_pagemap};
 use crate::workload::sys;
 
@@ -33,8 +34,8 @@ use crate::workload::sys;
 const AHEAD_PAGES: u32 = 64;
 /// What comes with a page that a task waits for: its neighbours are often next.
 const FAULT_PAGES: u32 = 8;
-/// What may wait for the restore to be finished.
-const EARLY_BYTES: u64 = 16 << 20;
+/// What is asked for before the tasks run: their stacks and the like. More would take the processor from the restore.
+const EARLY_BYTES: u64 = 1 << 20;
 /// Before a broken line is opened again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -115,6 +116,11 @@ struct Pager {
     /// What came before CRIU had made all mappings.
     early: Vec<(Question, Bytes)>,
     is_restored: bool,
+    /// When everything else is asked for; not before the tasks have caught up with what waited for them.
+    all_from: Option<Instant>,
+    /// What has been asked for ahead, and may be.
+    asked_bytes: u64,
+    limit_bytes: u64,
     came_bytes: u64,
 }
 
@@ -124,6 +130,7 @@ enum Event {
     Tasks,
     Brought(Which, Brought),
     Reopen(Which),
+    All,
     Guard,
 }
 
@@ -147,6 +154,9 @@ impl Pager {
             news,
             early: Vec::new(),
             is_restored: false,
+            all_from: None,
+            asked_bytes: 0,
+            limit_bytes: EARLY_BYTES,
             came_bytes: 0,
         })
     }
@@ -173,6 +183,7 @@ impl Pager {
                 said = next(&mut criu) => Event::Criu(said),
                 Some((which, brought)) = self.news.recv() => Event::Brought(which, brought),
                 which = reopen(&self.faults, &self.ahead) => Event::Reopen(which),
+                () = until(self.all_from) => Event::All,
             };
             match event {
                 // Pid 1 says nothing: it is gone, and with it the workload.
@@ -182,12 +193,15 @@ impl Pager {
                     Criu::Task(pid, uffd) => self.add(pid, uffd)?,
                     Criu::Finished => {
                         self.is_restored = true;
-                        criu = None;
                         for (question, content) in std::mem::take(&mut self.early) {
                             self.fill(question, &content)?;
                         }
                     }
-                    Criu::Ended if self.is_restored => criu = None,
+                    // The tasks run.
+                    Criu::Ended if self.is_restored => {
+                        criu = None;
+                        self.all_from = Some(Instant::now() + CATCHING_UP);
+                    }
                     // It has failed, and its tasks are killed.
                     Criu::Ended => return Ok(()),
                 },
@@ -199,6 +213,10 @@ impl Pager {
                     self.asked(which).line = None;
                 }
                 Event::Reopen(which) => self.open(which),
+                Event::All => {
+                    self.all_from = None;
+                    self.limit_bytes = u64::MAX;
+                }
             }
         }
     }
@@ -254,9 +272,7 @@ impl Pager {
 
     fn ask_ahead(&mut self) {
         loop {
-            let early: u64 = self.early.iter().map(|(question, _)| question.bytes() as u64).sum();
-            let under_way = self.ahead.bytes();
-            if under_way >= self.window.bytes() || (!self.is_restored && early + under_way >= EARLY_BYTES) {
+            if self.ahead.bytes() >= self.window.bytes() || self.asked_bytes >= self.limit_bytes {
                 return;
             }
             let Some((pid, range)) = self.ahead_of.front_mut() else { return };
@@ -270,6 +286,7 @@ impl Pager {
             let mine = self.tasks.iter().filter(|task| task.pid == pid);
             if mine.flat_map(|task| task.space.wanted(&chunk)).next().is_some() {
                 let pages = u32::try_from((chunk.end - chunk.start) / PAGE_BYTES).unwrap_or(AHEAD_PAGES);
+                self.asked_bytes += chunk.end - chunk.start;
                 self.ask(Which::Ahead, Question { pid, address: chunk.start, pages });
             }
         }
@@ -442,6 +459,13 @@ async fn readable(tasks: &[Task]) {
 async fn next(criu: &mut Option<Restorer>) -> io::Result<Criu> {
     match criu {
         Some(criu) => criu.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
         None => std::future::pending().await,
     }
 }

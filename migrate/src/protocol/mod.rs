@@ -14,7 +14,7 @@
 //! | `POST /v1/migrations/{id}/offer` | [`Part`] | the number of the target's new offer; null where the workload runs |
 //! | `POST /v1/migrations/{id}/go` | [`Go`] | [`Running`] when the tasks run |
 //! | `POST /v1/migrations/{id}/confirm` | [`Part`] | 200 when the lease is off |
-//! | `POST /v1/migrations/{id}/release` | [`Part`] | 200 when the source is gone |
+//! | `POST /v1/migrations/{id}/release` | [`Part`] | [`Served`] or null when the source is gone; 425 while the target fetches memory from it |
 //! | `POST /v1/migrations/{id}/abort` | [`Part`] | 200 when the source runs again / the target is gone |
 //! | `POST /v1/workloads/{name}/start`, `.../stop` | | 200 |
 //!
@@ -127,6 +127,15 @@ pub struct Running {
     pub at_unix_us: i64,
 }
 
+/// Memory that has come after the restore; also the answer to `release`, where there was any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Served {
+    /// When the target had all of it, by the source agent's `CLOCK_REALTIME`.
+    pub at_unix_us: i64,
+    /// Bytes of it.
+    pub bytes: u64,
+}
+
 /// What an agent tells of a migration as it happens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -160,12 +169,7 @@ pub enum AgentEvent {
     /// Target: the lease ended unconfirmed; the tasks are stopped until it is confirmed.
     Suspended,
     /// Source: the target has all memory that did not come with the images.
-    Served {
-        /// By the agent's `CLOCK_REALTIME`.
-        at_unix_us: i64,
-        /// Bytes of it.
-        bytes: u64,
-    },
+    Served(Served),
     /// Source: the workload is gone from here.
     Released,
     /// Source: the workload runs here (again).
@@ -275,7 +279,7 @@ mod tests {
             (AgentEvent::Confirmed, r#"{"event":"confirmed"}"#),
             (AgentEvent::Suspended, r#"{"event":"suspended"}"#),
             (
-                AgentEvent::Served { at_unix_us: 7, bytes: 9 },
+                AgentEvent::Served(Served { at_unix_us: 7, bytes: 9 }),
                 r#"{"event":"served","at_unix_us":7,"bytes":9}"#,
             ),
             (AgentEvent::Released, r#"{"event":"released"}"#),
