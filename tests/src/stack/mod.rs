@@ -75,6 +75,9 @@ pub struct HoldOptions {
     /// How long a hold may last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
+    /// How long new connections alone are held first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handshakes_ms: Option<u64>,
     /// `drop-newest` or `drop-oldest`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overflow: Option<String>,
