@@ -71,10 +71,10 @@ struct Axis {
 
 impl Axis {
     /// Shows the migration from its hold to its end, and the time until all is calm again, with some calm
-    /// time on both sides. Prepare, which no client notices, is mostly left out.
+    /// time on both sides. What comes before, which no client that is there notices, is mostly left out.
     fn new(scene: &Scene<'_>) -> Self {
         let columns = scene.width.clamp(MARGIN + 20, 120) - MARGIN - 1;
-        let felt = || scene.phases.iter().filter(|phase| phase.name != "prepare");
+        let felt = || scene.phases.iter().filter(|phase| !["prepare", "hold_new"].contains(&&*phase.name));
         let first = felt().map(|phase| phase.from_ns).min().unwrap_or_default();
         let last = felt().map(|phase| phase.to_ns).max().unwrap_or(first).max(first);
         // Messages that waited may be answered long after the last phase, as after a dropped packet.
@@ -173,6 +173,7 @@ fn milliseconds(ns: u64) -> String {
 fn letter(name: &str) -> char {
     match name {
         "release" => 'l',
+        "hold_new" => 'n',
         "rollback" => 'b',
         _ => name.chars().next().unwrap_or('?'),
     }

@@ -125,7 +125,7 @@ pub(crate) fn follow<'t, const W: usize, P: Packet, T: Tables<W>>(
     }
     // One load: gate, location and generation always belong together.
     let word = GateWord::from_bits(backend.word.load(Relaxed));
-    let gate = word.gate();
+    let gate = word.gate_of_known();
     let Some(location) = tables.location(backend.sites.at(word.slot())) else {
         return Some(Verdict::Refuse(Reason::NoRoute));
     };
@@ -133,6 +133,10 @@ pub(crate) fn follow<'t, const W: usize, P: Packet, T: Tables<W>>(
     match direction {
         Direction::ToBackend => {
             match gate {
+                // Never so for a known flow, where `opens` is false already.
+                Gate::Forward if transport.opens() && word.holds_new() => {
+                    return Some(Verdict::Hold { flow });
+                }
                 Gate::Forward => {}
                 Gate::Drop => {
                     tables.refuse(flow.backend);
@@ -140,7 +144,7 @@ pub(crate) fn follow<'t, const W: usize, P: Packet, T: Tables<W>>(
                 }
                 // New packets queue behind those of their flow that still wait; with none waiting, they pass.
                 Gate::Replay if is_drained(tables, flow.backend) => {}
-                Gate::Hold | Gate::Replay => return Some(Verdict::Hold { flow }),
+                Gate::Hold | Gate::HoldNew | Gate::Replay => return Some(Verdict::Hold { flow }),
             }
             if location.link.interface == 0 {
                 return Some(Verdict::Refuse(Reason::NoRoute));

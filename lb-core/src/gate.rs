@@ -3,11 +3,14 @@
 //! A cutover changes nothing but this word, so a flip is one store whatever the number of flows.
 //!
 //! ```text
-//!  63                              32 31                   3   2   1   0
-//! +----------------------------------+----------------------+----+-------+
-//! |            generation            |       zero           |slot| gate  |
-//! +----------------------------------+----------------------+----+-------+
+//!  63                              32 31                4   3    2   1   0
+//! +----------------------------------+-------------------+----+----+-------+
+//! |            generation            |       zero        |new |slot| gate  |
+//! +----------------------------------+-------------------+----+----+-------+
 //! ```
+//!
+//! The bit `new` makes [`Gate::HoldNew`] of [`Gate::Forward`]: for packets of flows that are known both are the same two
+//! bits, so that the path of nearly every packet asks nothing more.
 
 /// What happens to packets for a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,6 +24,9 @@ pub enum Gate {
     Hold = 2,
     /// The hold queue is being sent; new packets still queue behind it until it is empty.
     Replay = 3,
+    /// Packets that open a connection are kept in the hold queue, all others are sent to the active location: what is
+    /// in the middle of its handshake can finish it.
+    HoldNew = 0b1001,
 }
 
 /// Which of a backend's two prepared locations is the active one.
@@ -50,6 +56,7 @@ impl Slot {
 pub struct GateWord(u64);
 
 const GATE_MASK: u64 = 0b11;
+const NEW: u64 = 0b1000;
 const SLOT_SHIFT: u32 = 2;
 const GENERATION_SHIFT: u32 = 32;
 
@@ -75,6 +82,21 @@ impl GateWord {
     /// What happens to packets for the backend.
     #[inline(always)]
     pub const fn gate(self) -> Gate {
+        match self.gate_of_known() {
+            Gate::Forward if self.holds_new() => Gate::HoldNew,
+            gate => gate,
+        }
+    }
+
+    /// Whether packets that open a connection are kept while others pass.
+    #[inline(always)]
+    pub const fn holds_new(self) -> bool {
+        self.0 & NEW != 0
+    }
+
+    /// What happens to packets that open no connection; never [`Gate::HoldNew`].
+    #[inline(always)]
+    pub const fn gate_of_known(self) -> Gate {
         match self.0 & GATE_MASK {
             1 => Gate::Forward,
             2 => Gate::Hold,
@@ -118,7 +140,7 @@ impl core::fmt::Debug for GateWord {
 mod tests {
     use super::*;
 
-    const GATES: [Gate; 4] = [Gate::Drop, Gate::Forward, Gate::Hold, Gate::Replay];
+    const GATES: [Gate; 5] = [Gate::Drop, Gate::Forward, Gate::Hold, Gate::Replay, Gate::HoldNew];
 
     #[test]
     fn every_word_comes_apart_as_it_was_put_together() {
@@ -130,6 +152,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn known_flows_pass_where_new_ones_are_held() {
+        let word = GateWord::new(Gate::HoldNew, Slot::B, 3);
+        assert_eq!((word.gate_of_known(), word.holds_new()), (Gate::Forward, true));
+        let closed = word.with_gate(Gate::Hold);
+        assert_eq!(
+            (closed.gate(), closed.gate_of_known(), closed.holds_new()),
+            (Gate::Hold, Gate::Hold, false)
+        );
     }
 
     #[test]

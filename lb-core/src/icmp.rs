@@ -123,7 +123,7 @@ fn translate<const W: usize, F: Family<W>, P: Packet, T: Tables<W>>(
         None => {
             // What the site has to say of a server that is just being moved would end the connection.
             let word = tables.backend(flow.backend).map_or(0, |backend| backend.word.load(Relaxed));
-            if !matches!(GateWord::from_bits(word).gate(), Gate::Forward) {
+            if !matches!(GateWord::from_bits(word).gate_of_known(), Gate::Forward) {
                 return Step::Refuse(Reason::ResetWhileHeld);
             }
             &flow.link

@@ -201,6 +201,33 @@ fn each_gate_does_what_its_name_says() {
 }
 
 #[test]
+fn where_new_connections_are_held_everything_else_passes() {
+    for v6 in [false, true] {
+        let world = World::new();
+        let captured = Action::Capture { backend: 0, mode: Mode::Nat };
+        let (syn, ack) = (Segment::Tcp { flags: SYN }, Segment::Tcp { flags: ACK });
+        let under_way = || from_client(v6, syn).build();
+        world.run(&mut under_way(), CLIENT_SIDE);
+        world.store(GateWord::new(Gate::HoldNew, Slot::A, 2));
+        // What belongs to a handshake goes on, and so does a datagram, known or not.
+        let passes = Action::Transmit { interface: 4 };
+        assert_eq!(world.run(&mut from_client(v6, ack).build(), CLIENT_SIDE), passes);
+        let datagram = Segment::Udp { checksum: true };
+        assert_eq!(world.run(&mut from_client(v6, datagram).build(), CLIENT_SIDE), passes);
+        assert_eq!(world.run(&mut under_way(), CLIENT_SIDE), captured, "a SYN again");
+        let other = || {
+            let mut frame = from_client(v6, syn);
+            frame.source.set_port(4001);
+            frame.build()
+        };
+        assert_eq!(world.run(&mut other(), CLIENT_SIDE), captured);
+        assert_eq!(world.counted(Reason::Held), 2);
+        world.store(GateWord::new(Gate::Forward, Slot::B, 3));
+        assert_eq!(world.run(&mut other(), CLIENT_SIDE), Action::Transmit { interface: 5 });
+    }
+}
+
+#[test]
 fn only_the_backends_location_is_heard() {
     let world = World::new();
     let mut frame = from_client(false, Segment::Tcp { flags: SYN }).build();

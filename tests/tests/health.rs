@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lab::process::Process;
+use lab::stack::{Mode, Stack, StackOptions, Tunnels, Workload};
 use lab::{Lab, Site, address, http, program, wait_for};
 use serde_json::{Value, json};
 
@@ -359,6 +360,58 @@ fn a_transparent_services_check_comes_from_its_own_address_and_back() {
     bench.wait_state("one", "up");
     let from = hears.recv_timeout(LIMIT).unwrap();
     assert_eq!(from.ip(), IpAddr::from([169, 254, 77, 1]));
+}
+
+/// Probes go through the tunnel to the site where the server runs, and its answers past the load balancer's program.
+fn a_dsr_service_is_checked_where_it_runs(server: Workload, tunnels: Tunnels) {
+    let server = server.in_mode(Mode::Dsr);
+    let (name, service) = (server.name.clone(), server.service);
+    let options = StackOptions {
+        workloads: vec![server],
+        tunnels: Some(tunnels),
+        check_interval_ms: Some(200),
+        ..StackOptions::default()
+    };
+    let stack = Stack::start(Lab::new().unwrap(), options).unwrap();
+    let check = || {
+        let (_, backend) = stack.admin("GET", &format!("/v1/backends/{name}"), None).unwrap();
+        backend["checks"][0].clone()
+    };
+    let probes = || check()["probes"].as_u64().unwrap();
+    let becomes = |state: &str| {
+        let found = wait_for(LIMIT, || (check()["state"] == state).then_some(()));
+        assert!(found.is_some(), "not {state}: {:#}", check());
+    };
+    becomes("up");
+    for to in [Site::B, Site::A] {
+        let id = stack.start_migration(&name, to, &Value::Null).unwrap();
+        let migration = stack.finished_migration(&id, LIMIT).unwrap();
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        let before = (probes(), check()["failures"].clone());
+        let probed = wait_for(LIMIT, || (probes() > before.0 + 1).then_some(()));
+        assert!(probed.is_some(), "{:#}", check());
+        assert_eq!((&check()["state"], &check()["failures"]), (&json!("up"), &before.1), "at {}", to.name());
+    }
+
+    let (ip, port) = (service.ip().to_string(), service.port().to_string());
+    let mut command = stack.lab().client().command("redis-cli");
+    command.args(["-h", &ip, "-p", &port, "SHUTDOWN", "NOSAVE"]).output().unwrap();
+    becomes("down");
+    assert_eq!(check()["last_error"], "refused");
+    let (status, _) =
+        stack.agent(Site::A, "POST", &format!("/v1/workloads/{name}/start"), Some(&json!({}))).unwrap();
+    assert_eq!(status / 100, 2);
+    becomes("up");
+}
+
+#[test]
+fn a_dsr_service_of_ipv4_is_checked_through_its_tunnel() {
+    a_dsr_service_is_checked_where_it_runs(Workload::redis(1), Tunnels::V4);
+}
+
+#[test]
+fn a_dsr_service_of_ipv6_is_checked_through_its_tunnel() {
+    a_dsr_service_is_checked_where_it_runs(Workload::redis6(1), Tunnels::V6);
 }
 
 #[test]

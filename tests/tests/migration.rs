@@ -6,12 +6,13 @@
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
 mod drill;
+mod player;
 
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bench::driver::{self, Load, Source};
 use bench::probe::wait_until_it_answers;
@@ -22,6 +23,7 @@ use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
 
 use drill::{Drill, LIMIT};
+use player::Player;
 
 impl Drill {
     fn new(workload: Workload) -> Self {
@@ -75,24 +77,67 @@ fn a_server_moves_there_and_back_under_its_clients() {
     }
 }
 
-#[test]
-fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
+/// A game server, with these settings too.
+fn arena(settings: &[(&str, &str)]) -> (Lab, Workload) {
     let lab = Lab::new().unwrap();
     let scenario = Scenario::OpenArena;
     let address = SocketAddr::new(address::backend4(1).into(), scenario.port());
     let home = lab.dir().join("home");
     std::fs::create_dir(&home).unwrap();
+    let settings = settings.iter().flat_map(|(name, value)| ["+set", name, value]).map(str::to_owned);
+    let command = scenario.command(address, &home).unwrap().into_iter().chain(settings);
     let workload = Workload {
         name: "arena".to_owned(),
         address,
         protocol: lab::stack::Protocol::Udp,
-        command: scenario.command(address, &home).unwrap(),
+        command: command.collect(),
         dir: None,
         site: Site::A,
         service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
         mode: lab::stack::Mode::Nat,
         memory: lab::stack::Memory::Auto,
     };
+    (lab, workload)
+}
+
+/// Moves the game server there and back, twenty moves in all.
+fn move_arena(stack: &Stack, mut between: impl FnMut(usize)) {
+    for (number, to) in [Site::B, Site::A].repeat(10).into_iter().enumerate() {
+        let id = stack.start_migration("arena", to, &Value::Null).unwrap();
+        let migration = stack.finished_migration(&id, LIMIT).unwrap();
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        between(number);
+    }
+}
+
+#[test]
+fn a_real_player_stays_in_the_game_while_its_server_moves() {
+    // The server gives a silent player up after five seconds, as the player does with it; and takes what is said at once.
+    let (lab, workload) = arena(&[("sv_timeout", "5"), ("sv_floodProtect", "0")]);
+    let game = workload.service;
+    let stack =
+        Stack::start(lab, StackOptions { workloads: vec![workload], ..StackOptions::default() }).unwrap();
+    let mut player = Player::joins(&stack, game);
+    let (began, before) = (Instant::now(), player.processor_time());
+    let first = player.standing(&stack);
+    move_arena(&stack, |number| {
+        player.is_heard(&format!("move-{number}."));
+        std::thread::sleep(Duration::from_millis(300));
+    });
+    let share = (player.processor_time() - before).as_secs_f64() / began.elapsed().as_secs_f64();
+    let standing = player.standing(&stack);
+    println!("{standing:?} after the moves; the client took {:.0} % of a processor", share * 100.0);
+    assert_eq!(standing.game_began, first.game_began, "the game is the same");
+    assert_eq!(standing.score, first.score);
+    assert!(standing.ping_ms < 200, "{standing:?}");
+    assert_eq!(player.joined(), 1, "the client joined once");
+    assert!(!player.gave_up(), "the client lost its connection");
+}
+
+#[test]
+fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
+    let scenario = Scenario::OpenArena;
+    let (lab, workload) = arena(&[]);
     let target = workload.service;
     let stack =
         Stack::start(lab, StackOptions { workloads: vec![workload], ..StackOptions::default() }).unwrap();
@@ -109,12 +154,8 @@ fn a_game_server_moves_there_and_back_and_no_datagram_is_lost() {
         wait_until_it_answers(target, scenario.protocol().as_ref(), LIMIT).unwrap();
         driver::connect(load, scenario.protocol()).unwrap().start().unwrap()
     });
-    for to in [Site::B, Site::A].repeat(10) {
-        std::thread::sleep(Duration::from_millis(300));
-        let id = stack.start_migration("arena", to, &Value::Null).unwrap();
-        let migration = stack.finished_migration(&id, LIMIT).unwrap();
-        assert_eq!(migration["state"], "committed", "{migration:#}");
-    }
+    std::thread::sleep(Duration::from_millis(300));
+    move_arena(&stack, |_| std::thread::sleep(Duration::from_millis(300)));
     std::thread::sleep(Duration::from_millis(500));
     let timeline = clients.stop().unwrap();
     assert_eq!((timeline.faults.lost, timeline.faults.duplicated), (0, 0), "{:?}", timeline.errors);

@@ -3,83 +3,34 @@
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
+mod connectors;
+mod place;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use lab::stack::{HoldOptions, Memory, Mode, Protocol, Stack, StackOptions, Workload};
-use lab::{Lab, Site, address, wait_for};
-use serde_json::Value;
+use connectors::Connectors;
+use lab::stack::HoldOptions;
+use lab::wait_for;
+use place::{LIMIT, Place};
 
 const MOVES: usize = 20;
-const LIMIT: Duration = Duration::from_secs(30);
-/// Between two moves.
-const PAUSE: Duration = Duration::from_millis(150);
+/// Clients that open one connection after the other.
+const COMERS: usize = 4;
 
-/// A stack with one server.
-struct Place {
-    stack: Stack,
-    name: &'static str,
-    service: SocketAddr,
-}
-
-impl Place {
-    fn start(name: &'static str, port: u16, command: impl FnOnce(&Path, SocketAddr) -> Vec<String>) -> Self {
-        let lab = Lab::new().unwrap();
-        let address = SocketAddr::new(address::backend4(1).into(), port);
-        let service = SocketAddr::new(address::VIRTUAL4.into(), port);
-        let workload = Workload {
-            name: name.to_owned(),
-            address,
-            protocol: Protocol::Tcp,
-            command: command(lab.dir(), address),
-            dir: None,
-            site: Site::A,
-            service,
-            mode: Mode::Nat,
-            memory: Memory::Auto,
-        };
-        let hold =
-            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
-        let options = StackOptions { workloads: vec![workload], hold, ..StackOptions::default() };
-        let stack = Stack::start(lab, options).unwrap();
-        let place = Self { stack, name, service };
-        wait_for(LIMIT, || place.dial().ok()).expect("the server takes connections");
-        place
-    }
-
-    fn dial(&self) -> std::io::Result<TcpStream> {
-        let stream = self.stack.lab().client().run(|| TcpStream::connect_timeout(&self.service, LIMIT))?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        Ok(stream)
-    }
-
-    /// Moves there and back, each time committed.
-    fn moves(&self) {
-        for number in 0..MOVES {
-            let to = if number % 2 == 0 { Site::B } else { Site::A };
-            let id = self.stack.start_migration(self.name, to, &Value::Null).unwrap();
-            let migration = self.stack.finished_migration(&id, LIMIT).unwrap();
-            assert_eq!(migration["state"], "committed", "move {number}: {migration:#}");
-            std::thread::sleep(PAUSE);
-        }
-    }
-
-    /// Addresses of the clients that are connected.
-    fn clients(&self) -> Vec<String> {
-        let path = format!("/v1/flows?backend={}", self.name);
-        let (_, answer) = self.stack.admin("GET", &path, None).unwrap();
-        let established = answer["flows"].as_array().unwrap().iter();
-        let established = established.filter(|flow| flow["state"] == "established");
-        let mut clients: Vec<String> =
-            established.map(|flow| flow["client"].as_str().unwrap().to_owned()).collect();
-        clients.sort();
-        clients
-    }
+/// Addresses of the clients that are connected.
+fn clients(place: &Place) -> Vec<String> {
+    let path = format!("/v1/flows?backend={}", place.name);
+    let (_, answer) = place.stack.admin("GET", &path, None).unwrap();
+    let established = answer["flows"].as_array().unwrap().iter();
+    let established = established.filter(|flow| flow["state"] == "established");
+    let mut clients: Vec<String> =
+        established.map(|flow| flow["client"].as_str().unwrap().to_owned()).collect();
+    clients.sort();
+    clients
 }
 
 /// Ends a client when a test is over, however it ends.
@@ -94,7 +45,7 @@ impl Drop for Client {
 
 #[test]
 fn mosquitto_moves_and_every_message_of_qos_1_arrives_once_and_in_order() {
-    let place = Place::start("broker", 1883, |dir, address| {
+    let place = Place::start("broker", 1883, HoldOptions::default(), |dir, address| {
         let config = dir.join("mosquitto.conf");
         let (ip, port) = (address.ip(), address.port());
         // Another user's limits take a capability that a restore may not have.
@@ -110,10 +61,10 @@ fn mosquitto_moves_and_every_message_of_qos_1_arrives_once_and_in_order() {
         Client(command.spawn().unwrap())
     };
     let mut subscriber = client("mosquitto_sub", &["-i", "subscriber", "-c"]);
-    wait_for(LIMIT, || (place.clients().len() == 1).then_some(())).expect("the subscriber is connected");
+    wait_for(LIMIT, || (clients(&place).len() == 1).then_some(())).expect("the subscriber is connected");
     let mut publisher = client("mosquitto_pub", &["-i", "publisher", "-l"]);
-    wait_for(LIMIT, || (place.clients().len() == 2).then_some(())).expect("the publisher is connected");
-    let before = place.clients();
+    wait_for(LIMIT, || (clients(&place).len() == 2).then_some(())).expect("the publisher is connected");
+    let before = clients(&place);
 
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut numbers = publisher.0.stdin.take().unwrap();
@@ -127,7 +78,7 @@ fn mosquitto_moves_and_every_message_of_qos_1_arrives_once_and_in_order() {
             writeln!(numbers, "end").unwrap();
         });
         // Whatever fails, the other thread must end.
-        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| place.moves()));
+        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| place.moves(MOVES)));
         stop.store(true, Relaxed);
         moved.unwrap();
     });
@@ -144,15 +95,15 @@ fn mosquitto_moves_and_every_message_of_qos_1_arrives_once_and_in_order() {
     assert!(end.is_some(), "the subscriber ended after {next} messages");
     assert_eq!(next, sent.load(Relaxed));
     assert!(next > 500, "{next}");
-    assert_eq!(place.clients(), before, "over the same connections");
+    assert_eq!(clients(&place), before, "over the same connections");
 }
 
 #[test]
-fn nginx_moves_with_four_workers_in_the_middle_of_a_download() {
+fn nginx_moves_with_four_workers_in_the_middle_of_a_download_while_clients_come_and_go() {
     const BYTES: usize = 24 << 20;
     let mut content = vec![0; BYTES];
     File::open("/dev/urandom").unwrap().read_exact(&mut content).unwrap();
-    let place = Place::start("web", 8080, |dir, address| {
+    let place = Place::start("web", 8080, HoldOptions::default(), |dir, address| {
         let (config, files) = (dir.join("nginx.conf"), dir.join("files"));
         std::fs::create_dir(&files).unwrap();
         std::fs::write(files.join("large"), &content).unwrap();
@@ -167,6 +118,13 @@ fn nginx_moves_with_four_workers_in_the_middle_of_a_download() {
         std::fs::write(&config, text).unwrap();
         let prefix = dir.to_str().unwrap();
         ["nginx", "-p", prefix, "-c", config.to_str().unwrap()].map(str::to_owned).to_vec()
+    });
+    let comers = Connectors::start(&place, COMERS, Duration::from_millis(20), |stream| {
+        let mut stream = BufReader::new(stream);
+        stream.get_mut().write_all(b"GET /small HTTP/1.1\r\nHost: web\r\n\r\n")?;
+        let mut got = vec![0; body_length(&mut stream)];
+        stream.read_exact(&mut got)?;
+        if got == b"small" { Ok(()) } else { Err(std::io::Error::other(format!("{got:?}"))) }
     });
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -192,7 +150,7 @@ fn nginx_moves_with_four_workers_in_the_middle_of_a_download() {
             }
             answers
         });
-        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| place.moves()));
+        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| place.moves(MOVES)));
         let lasted = !download.is_finished();
         stop.store(true, Relaxed);
         moved.unwrap();
@@ -200,6 +158,7 @@ fn nginx_moves_with_four_workers_in_the_middle_of_a_download() {
         assert!(small.join().unwrap() > 500);
         assert!(download.join().unwrap() == content, "the file arrived as it is");
     });
+    comers.all_were_served(500);
 }
 
 /// Reads an answer's head; says how long its body is.

@@ -77,7 +77,7 @@ fn packets(text: &mut String, admin: &Admin) {
 fn gates(text: &mut String, backends: &[BackendView]) {
     let mut gates = metric(text, "drover_backend_gate", "gauge", "1 for the gate that the backend has.");
     for backend in backends {
-        for gate in ["forward", "hold", "drop", "replay"] {
+        for gate in ["forward", "hold_new", "hold", "drop", "replay"] {
             gates.sample(&[("backend", &backend.name), ("gate", gate)], u8::from(backend.gate == gate));
         }
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Admin;
 use crate::control::{BackendView, HoldView, TrafficView};
 use crate::datapath::observe::FlowTables;
+use crate::health::CheckState;
 
 /// `GET /v1/traffic`. Counters grow from when the tables were made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,8 @@ pub struct MemberView {
     pub new_flows: u64,
     /// TCP resets from the backend.
     pub resets: u64,
+    /// What the service's check says of it; `null` where it is not checked.
+    pub check: Option<CheckState>,
 }
 
 /// A backend.
@@ -47,7 +50,7 @@ pub struct MemberView {
 pub struct BackendTraffic {
     /// The site where it runs.
     pub location: Option<String>,
-    /// `forward`, `hold`, `drop` or `replay`.
+    /// `forward`, `hold_new`, `hold`, `drop` or `replay`.
     pub gate: String,
     /// What the current or last hold has kept and lost.
     pub hold: HoldView,
@@ -94,7 +97,12 @@ impl From<FlowTables> for FlowTablesView {
 pub(super) async fn traffic(State(admin): State<Arc<Admin>>) -> axum::Json<TrafficReport> {
     let datapath = admin.control.datapath();
     let clock = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    let check = |backend: &str, service: &str| {
+        let checks = admin.health.of(backend);
+        checks.into_iter().find(|check| check.service == service).map(|check| check.state)
+    };
     let members = datapath.members().into_iter().map(|member| MemberView {
+        check: check(&member.backend, &member.service),
         service: member.service,
         backend: member.backend,
         traffic: member.traffic.into(),

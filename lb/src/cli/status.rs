@@ -60,7 +60,7 @@ pub(super) fn render(status: &StatusView) -> String {
 
 fn backend(backend: &BackendView) -> Vec<String> {
     let gate = match (backend.state.as_str(), backend.deadline_in_ms) {
-        ("holding", Some(left)) => format!("{} ({left} ms left)", backend.gate),
+        ("holding" | "holding_new", Some(left)) => format!("{} ({left} ms left)", backend.gate),
         ("expired", _) => format!("{} (deadline passed)", backend.gate),
         _ => backend.gate.clone(),
     };

@@ -203,7 +203,16 @@ async fn top_shows_what_came_between_two_looks() {
     assert_eq!(lines[1], "packets/s: no_flow 5.0");
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(words(lines[4]), ["chat", "1.50k", "0", "0", "10.0M", "25", "0"]);
-    assert_eq!(words(lines[5])[..4], ["chat-1", "ams", "forward", "0"]);
-    assert_eq!(words(lines[5])[4..], ["1.50k", "0", "0", "10.0M", "25", "0"]);
-    assert_eq!(words(lines[6])[..3], ["chat-2", "bare", "forward"]);
+    assert_eq!(words(lines[5])[..5], ["chat-1", "ams", "forward", "up", "0"]);
+    assert_eq!(words(lines[5])[5..], ["1.50k", "0", "0", "10.0M", "25", "0"]);
+    assert_eq!(words(lines[6])[..4], ["chat-2", "bare", "forward", "-"]);
+
+    after.members[0].check = Some(crate::health::CheckState::Down);
+    let health = |after: &crate::admin::TrafficReport| {
+        let text = super::top::render(&before, after);
+        words(text.lines().nth(5).unwrap())[3].clone()
+    };
+    assert_eq!(health(&after), "DOWN");
+    after.backends.get_mut("chat-1").unwrap().gate = "hold".to_owned();
+    assert_eq!(health(&after), "held", "frozen is not down");
 }

@@ -11,6 +11,7 @@ use super::text::{rate, table};
 use super::{AdminArgs, ClientError};
 use crate::admin::{MemberView, TrafficReport};
 use crate::client::AdminClient;
+use crate::health::CheckState;
 
 /// Cursor to the top left corner; what is below is cleared once the new text is there.
 const HOME: &str = "\x1b[H";
@@ -122,13 +123,13 @@ pub(super) fn render(before: &TrafficReport, after: &TrafficReport) -> String {
     }
     let mut rows = Vec::new();
     for (service, (sum, members)) in services {
-        rows.push(row(service, "", "", "", "", sum));
+        rows.push(row([service, "", "", "", "", ""], sum));
         for (member, rates) in members {
             let backend = after.backends.get(&member.backend);
             let location = backend.and_then(|backend| backend.location.as_deref()).unwrap_or("unknown");
             let gate = backend.map_or("unknown", |backend| &backend.gate);
             let held = backend.map_or(0, |backend| backend.hold.held_packets).to_string();
-            rows.push(row("", &member.backend, location, gate, &held, rates));
+            rows.push(row(["", &member.backend, location, gate, health(member, gate), &held], rates));
         }
     }
     let headings = [
@@ -136,6 +137,7 @@ pub(super) fn render(before: &TrafficReport, after: &TrafficReport) -> String {
         "BACKEND",
         "LOCATION",
         "GATE",
+        "HEALTH",
         "HELD",
         "PKT/S IN",
         "PKT/S OUT",
@@ -147,9 +149,19 @@ pub(super) fn render(before: &TrafficReport, after: &TrafficReport) -> String {
     summary(before, after, seconds) + "\n" + &table(&headings, &rows)
 }
 
-fn row(service: &str, backend: &str, location: &str, gate: &str, held: &str, rates: Rates) -> Vec<String> {
-    let words = [service, backend, location, gate, held].map(str::to_owned);
-    words.into_iter().chain(rates.cells()).collect()
+fn row(words: [&str; 6], rates: Rates) -> Vec<String> {
+    words.map(str::to_owned).into_iter().chain(rates.cells()).collect()
+}
+
+/// What a service's check says of a backend. One that is held is not checked: frozen is not down.
+fn health(member: &MemberView, gate: &str) -> &'static str {
+    match (gate, member.check) {
+        ("forward" | "unknown", Some(CheckState::Up)) => "up",
+        ("forward" | "unknown", Some(CheckState::Down)) => "DOWN",
+        ("forward" | "unknown", Some(CheckState::Untried)) => "unknown",
+        ("forward" | "unknown", None) => "-",
+        _ => "held",
+    }
 }
 
 /// Flows, and what packets were dropped for.

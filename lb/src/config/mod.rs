@@ -105,10 +105,15 @@ pub struct Hold {
     pub limits: HoldLimits,
     /// How long a hold lasts when its request does not say.
     pub deadline: Duration,
+    /// How long a migration holds new connections alone, so that those in their handshake can finish it.
+    pub handshakes: Duration,
 }
 
 /// The longest deadline that a hold may have: clients have given up long before.
 pub const MAX_DEADLINE_MS: u64 = 600_000;
+
+/// The longest time for handshakes: whoever is held that long has sent the first packet several times.
+pub const MAX_HANDSHAKES_MS: u64 = 10_000;
 
 impl Config {
     /// Reads and checks a file.

@@ -44,6 +44,7 @@ pub(super) struct Hold {
     pub(super) max_bytes: Option<Field<toml::Value>>,
     pub(super) max_age_ms: Number,
     pub(super) deadline_ms: Number,
+    pub(super) handshakes_ms: Number,
     pub(super) overflow: Text,
 }
 
@@ -202,6 +203,7 @@ fn hold(mut table: Reader<'_>, errors: &mut Collector) -> Hold {
         max_bytes: table.optional("max_bytes", errors),
         max_age_ms: table.optional("max_age_ms", errors),
         deadline_ms: table.optional("deadline_ms", errors),
+        handshakes_ms: table.optional("handshakes_ms", errors),
         overflow: table.optional("overflow", errors),
     };
     table.finish(errors);

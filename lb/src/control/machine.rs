@@ -3,13 +3,17 @@
 //! ```text
 //!            Hold                    Flip, Resume                Replayed
 //! Forward ---------> Holding ---------------------> Replaying ------------> Forward
-//!                       |                               ^
-//!                       | Tick after the deadline       | Flip, Resume
-//!                       +-----------> Expired ----------+
+//!    |                ^  |                           ^   ^
+//!    |           Hold |  | Tick after the deadline   |   | Flip, Resume
+//!    |                |  +-----------> Expired ------|---+
+//!    | HoldNew        |                              |
+//!    +---------> HoldingNew -------------------------+
+//!                          Resume, Tick after the deadline
 //! ```
 //!
 //! The gate is `forward` only in `Forward`, and the way back there leads through `Replaying`: what was held
-//! is sent before anything new. A hold whose deadline passed keeps its queue behind a closed gate and waits
+//! is sent before anything new. `HoldingNew` keeps what opens connections and nothing else, so that the server still
+//! gets everything of those that it has: nothing can have moved behind it, and its deadline opens it. A hold whose deadline passed keeps its queue behind a closed gate and waits
 //! for a word from outside; it never opens by itself.
 
 use std::time::Instant;
@@ -33,6 +37,11 @@ pub enum Policy {
 pub enum State {
     /// Packets go to the location.
     Forward,
+    /// Packets that open connections are kept, until a hold, a resume or the deadline.
+    HoldingNew {
+        /// When it gives up and forwards again.
+        deadline: Instant,
+    },
     /// Packets are kept (or dropped, as the policy says) until a flip, a resume or the deadline.
     Holding {
         /// When the hold gives up.
@@ -54,6 +63,7 @@ impl State {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Forward => "forward",
+            Self::HoldingNew { .. } => "holding_new",
             Self::Holding { .. } => "holding",
             Self::Expired { .. } => "expired",
             Self::Replaying => "replaying",
@@ -64,6 +74,13 @@ impl State {
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// Somebody wants the gate closed for new connections, and soon for all.
+    HoldNew {
+        /// When that gives up.
+        deadline: Instant,
+        /// Bounds of the queue.
+        limits: HoldLimits,
+    },
     /// Somebody wants the gate closed.
     Hold {
         /// What happens to the packets.
@@ -162,6 +179,9 @@ impl Machine {
         let word = tables.word;
         let (state, commands) = match word.gate() {
             Gate::Forward => (State::Forward, Commands::default()),
+            Gate::HoldNew => {
+                (State::HoldingNew { deadline }, Commands { begin_hold: Some(limits), store: None })
+            }
             Gate::Hold => (
                 State::Holding { deadline, policy: Policy::Hold },
                 Commands { begin_hold: Some(limits), store: None },
@@ -199,7 +219,7 @@ impl Machine {
     /// When the machine next wants a [`Event::Tick`].
     pub fn next_tick(&self) -> Option<Instant> {
         match self.state {
-            State::Holding { deadline, .. } => Some(deadline),
+            State::HoldingNew { deadline } | State::Holding { deadline, .. } => Some(deadline),
             State::Forward | State::Expired { .. } | State::Replaying => None,
         }
     }
@@ -207,16 +227,28 @@ impl Machine {
     /// Takes an event. A refused event changes nothing.
     pub fn on(&mut self, event: Event, now: Instant) -> Result<Commands, Refusal> {
         match (event, self.state) {
-            (Event::Hold { policy, deadline, limits }, State::Forward) => {
+            (Event::HoldNew { deadline, limits }, State::Forward) => {
+                self.state = State::HoldingNew { deadline };
+                let store = self.store(self.word.with_gate(Gate::HoldNew));
+                Ok(Commands { begin_hold: Some(limits), ..store })
+            }
+            (
+                Event::Hold { policy, deadline, limits },
+                state @ (State::Forward | State::HoldingNew { .. }),
+            ) => {
                 let gate = match policy {
                     Policy::Hold => Gate::Hold,
                     Policy::Drop => Gate::Drop,
                 };
                 self.state = State::Holding { deadline, policy };
                 let store = self.store(self.word.with_gate(gate));
-                Ok(Commands { begin_hold: Some(limits), ..store })
+                // What was held of new connections waits in the same queue.
+                let begin_hold = (state == State::Forward).then_some(limits);
+                Ok(Commands { begin_hold, ..store })
             }
-            (Event::Hold { .. }, state) => Err(Refusal::AlreadyHeld { state: state.label() }),
+            (Event::HoldNew { .. } | Event::Hold { .. }, state) => {
+                Err(Refusal::AlreadyHeld { state: state.label() })
+            }
 
             (Event::Staged { site }, _) => {
                 self.sites[self.word.slot().other() as usize] = site;
@@ -229,6 +261,9 @@ impl Machine {
                         return Err(Refusal::DeadlinePassed { current: self.word.generation() });
                     }
                     _ => self.check(generation, None)?,
+                }
+                if matches!(state, State::HoldingNew { .. }) {
+                    return Err(Refusal::NotHeld { state: state.label() });
                 }
                 if to == self.location() {
                     return Err(Refusal::SameLocation);
@@ -253,6 +288,10 @@ impl Machine {
                 self.state = State::Expired { hold: self.word.generation() };
                 Ok(self.store(self.word.with_gate(Gate::Drop)))
             }
+            (Event::Tick, State::HoldingNew { deadline }) if now >= deadline => {
+                self.state = State::Replaying;
+                Ok(self.store(self.word.with_gate(Gate::Replay)))
+            }
             (Event::Tick, _) => Ok(Commands::default()),
 
             (Event::Replayed, State::Replaying) => {
@@ -271,7 +310,7 @@ impl Machine {
             return Err(Refusal::Stale { given, current });
         }
         match self.state {
-            State::Holding { .. } | State::Expired { .. } => Ok(()),
+            State::HoldingNew { .. } | State::Holding { .. } | State::Expired { .. } => Ok(()),
             State::Forward | State::Replaying => Err(Refusal::NotHeld { state: self.state.label() }),
         }
     }

@@ -20,6 +20,7 @@ fn machine(state: &str, now: Instant) -> Machine {
     let deadline = now + Duration::from_secs(5);
     let (word, state) = match state {
         "forward" => (word(Gate::Forward, 8), State::Forward),
+        "holding_new" => (word(Gate::HoldNew, 8), State::HoldingNew { deadline }),
         "holding" => (word(Gate::Hold, 8), State::Holding { deadline, policy: Policy::Hold }),
         "dropping" => (word(Gate::Drop, 8), State::Holding { deadline, policy: Policy::Drop }),
         "expired" => (word(Gate::Drop, 9), State::Expired { hold: 8 }),
@@ -29,13 +30,13 @@ fn machine(state: &str, now: Instant) -> Machine {
     Machine { word, sites: [HERE, THERE], state }
 }
 
-const STATES: [&str; 5] = ["forward", "holding", "dropping", "expired", "replaying"];
+const STATES: [&str; 6] = ["forward", "holding_new", "holding", "dropping", "expired", "replaying"];
 
 /// What an event leads to: the state's name and the stored word, or the refusal.
 type Row<'a> = (&'a str, Result<(&'a str, Option<GateWord>), Refusal>);
 
 #[track_caller]
-fn table(event: Event, later: Duration, rows: [Row<'_>; 5]) {
+fn table(event: Event, later: Duration, rows: [Row<'_>; 6]) {
     let now = Instant::now();
     for ((state, expected), name) in rows.into_iter().zip(STATES) {
         assert_eq!(state, name, "the rows stand in the order of the states");
@@ -73,6 +74,7 @@ fn hold() {
             SOON,
             [
                 ("forward", Ok(("holding", word(gate, Slot::A, 9)))),
+                ("holding_new", Ok(("holding", word(gate, Slot::A, 9)))),
                 ("holding", held("holding")),
                 ("dropping", held("holding")),
                 ("expired", held("expired")),
@@ -86,12 +88,38 @@ fn hold() {
 }
 
 #[test]
+fn hold_of_new_connections_and_then_of_all_is_one_queue() {
+    let held = |state| Err(Refusal::AlreadyHeld { state });
+    let now = Instant::now();
+    let event = Event::HoldNew { deadline: now + SOON, limits: LIMITS };
+    table(
+        event,
+        SOON,
+        [
+            ("forward", Ok(("holding_new", word(Gate::HoldNew, Slot::A, 9)))),
+            ("holding_new", held("holding_new")),
+            ("holding", held("holding")),
+            ("dropping", held("holding")),
+            ("expired", held("expired")),
+            ("replaying", held("replaying")),
+        ],
+    );
+    let mut machine = machine("forward", now);
+    assert_eq!(machine.on(event, now).unwrap().begin_hold, Some(LIMITS));
+    assert_eq!(machine.next_tick(), Some(now + SOON));
+    let hold = Event::Hold { policy: Policy::Hold, deadline: now + 2 * SOON, limits: LIMITS };
+    assert_eq!(machine.on(hold, now).unwrap().begin_hold, None, "what waits is not thrown away");
+    assert_eq!(machine.next_tick(), Some(now + 2 * SOON));
+}
+
+#[test]
 fn flip_with_the_generation_of_the_hold() {
     table(
         Event::Flip { generation: 8, to: THERE },
         SOON,
         [
             ("forward", Err(Refusal::NotHeld { state: "forward" })),
+            ("holding_new", Err(Refusal::NotHeld { state: "holding_new" })),
             ("holding", Ok(("replaying", word(Gate::Replay, Slot::B, 9)))),
             ("dropping", Ok(("replaying", word(Gate::Replay, Slot::B, 9)))),
             ("expired", Err(Refusal::DeadlinePassed { current: 9 })),
@@ -108,6 +136,7 @@ fn flip_with_the_generation_that_only_an_expired_gate_has() {
         SOON,
         [
             ("forward", stale()),
+            ("holding_new", stale()),
             ("holding", stale()),
             ("dropping", stale()),
             ("expired", Ok(("replaying", word(Gate::Replay, Slot::B, 10)))),
@@ -124,6 +153,7 @@ fn flip_with_an_old_generation() {
         SOON,
         [
             ("forward", stale(8)),
+            ("holding_new", stale(8)),
             ("holding", stale(8)),
             ("dropping", stale(8)),
             ("expired", stale(9)),
@@ -151,6 +181,7 @@ fn resume() {
         SOON,
         [
             ("forward", Err(Refusal::NotHeld { state: "forward" })),
+            ("holding_new", Ok(("replaying", word(Gate::Replay, Slot::A, 9)))),
             ("holding", Ok(("replaying", word(Gate::Replay, Slot::A, 9)))),
             ("dropping", Ok(("replaying", word(Gate::Replay, Slot::A, 9)))),
             // A migration that rolls back after its deadline knows only the generation of its hold.
@@ -164,6 +195,7 @@ fn resume() {
         SOON,
         [
             ("forward", stale(8)),
+            ("holding_new", stale(8)),
             ("holding", stale(8)),
             ("dropping", stale(8)),
             ("expired", stale(9)),
@@ -179,6 +211,7 @@ fn a_tick_before_the_deadline_changes_nothing() {
         Duration::from_millis(4999),
         [
             ("forward", Ok(("forward", None))),
+            ("holding_new", Ok(("holding_new", None))),
             ("holding", Ok(("holding", None))),
             ("dropping", Ok(("holding", None))),
             ("expired", Ok(("expired", None))),
@@ -194,6 +227,8 @@ fn a_tick_at_the_deadline_closes_the_queue() {
         Duration::from_secs(5),
         [
             ("forward", Ok(("forward", None))),
+            // Nothing has moved behind it.
+            ("holding_new", Ok(("replaying", word(Gate::Replay, Slot::A, 9)))),
             ("holding", Ok(("expired", word(Gate::Drop, Slot::A, 9)))),
             ("dropping", Ok(("expired", word(Gate::Drop, Slot::A, 9)))),
             ("expired", Ok(("expired", None))),
@@ -209,6 +244,7 @@ fn replayed() {
         SOON,
         [
             ("forward", Ok(("forward", None))),
+            ("holding_new", Ok(("holding_new", None))),
             ("holding", Ok(("holding", None))),
             ("dropping", Ok(("holding", None))),
             ("expired", Ok(("expired", None))),
@@ -235,6 +271,7 @@ fn a_restart_takes_every_gate_over_as_it_is() {
     let deadline = Instant::now() + SOON;
     for (gate, label, store) in [
         (Gate::Forward, "forward", false),
+        (Gate::HoldNew, "holding_new", false),
         (Gate::Hold, "holding", false),
         (Gate::Drop, "holding", false),
         (Gate::Replay, "replaying", true),
@@ -246,7 +283,7 @@ fn a_restart_takes_every_gate_over_as_it_is() {
         assert_eq!((machine.word(), machine.location(), machine.staged()), (word, THERE, HERE));
         assert_eq!(commands.begin_hold.is_some(), gate != Gate::Forward);
         assert_eq!(commands.store, store.then_some(word), "the word itself does not change");
-        let waits = (label == "holding").then_some(deadline);
+        let waits = label.starts_with("holding").then_some(deadline);
         assert_eq!(machine.next_tick(), waits);
     }
 }
@@ -254,6 +291,7 @@ fn a_restart_takes_every_gate_over_as_it_is() {
 /// An event as a number generator writes it: generations relative to the present one.
 #[derive(Clone, Copy, Debug)]
 enum Step {
+    HoldNew(u64),
     Hold(Policy, u64),
     Stage(u32),
     Flip(i32, u32),
@@ -265,6 +303,7 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let policy = prop_oneof![Just(Policy::Hold), Just(Policy::Drop)];
     prop_oneof![
+        2 => (1u64..2000).prop_map(Step::HoldNew),
         3 => (policy, 1u64..2000).prop_map(|(policy, ms)| Step::Hold(policy, ms)),
         2 => (0u32..4).prop_map(Step::Stage),
         3 => (-2i32..=1, 0u32..4).prop_map(|(generation, to)| Step::Flip(generation, to)),
@@ -294,6 +333,9 @@ proptest! {
         for step in steps {
             let generation = |offset: i32| machine.word().generation().wrapping_add_signed(offset);
             let event = match step {
+                Step::HoldNew(ms) => {
+                    Event::HoldNew { deadline: now + Duration::from_millis(ms), limits: LIMITS }
+                }
                 Step::Hold(policy, ms) => {
                     Event::Hold { policy, deadline: now + Duration::from_millis(ms), limits: LIMITS }
                 }

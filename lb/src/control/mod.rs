@@ -173,6 +173,15 @@ impl Control {
         }
     }
 
+    /// Closes the gate for new connections; it opens again by itself at the deadline. Returns the generation.
+    pub fn hold_new(&self, backend: &str, deadline: Duration) -> Result<u32, ControlError> {
+        let limits = self.hold_defaults().limits;
+        let generation =
+            self.close(backend, Event::HoldNew { deadline: Instant::now() + deadline, limits })?;
+        tracing::info!(backend, generation, ?deadline, "hold of new connections");
+        Ok(generation)
+    }
+
     /// Closes the gate. Returns the generation that the holder flips or resumes with.
     pub fn hold(
         &self,
@@ -180,14 +189,20 @@ impl Control {
         policy: Policy,
         deadline: Option<Duration>,
     ) -> Result<u32, ControlError> {
-        let entry = self.entry(backend)?;
         let defaults = self.hold_defaults();
         let deadline_after = deadline.unwrap_or(defaults.deadline);
         let deadline = Instant::now() + deadline_after;
-        let generation = self.event(&entry, Event::Hold { policy, deadline, limits: defaults.limits })?;
+        let generation = self.close(backend, Event::Hold { policy, deadline, limits: defaults.limits })?;
+        tracing::info!(backend, generation, ?policy, ?deadline_after, "hold");
+        Ok(generation)
+    }
+
+    /// Closes the gate as the event says, and sees to it that its deadline is looked after.
+    fn close(&self, backend: &str, hold: Event) -> Result<u32, ControlError> {
+        let entry = self.entry(backend)?;
+        let generation = self.event(&entry, hold)?;
         lock(&self.closed).insert(entry.name.clone(), entry);
         self.deadlines.notify_one();
-        tracing::info!(backend, generation, ?policy, ?deadline_after, "hold");
         Ok(generation)
     }
 
@@ -320,7 +335,8 @@ impl Control {
             match self.event(&entry, Event::Tick) {
                 Ok(generation) if entry.machine().state() != before => {
                     tracing::warn!(backend = %entry.name, generation,
-                        "the hold's deadline passed: packets are dropped until somebody flips or resumes");
+                        state = entry.machine().state().label(),
+                        "the hold's deadline passed: a closed gate drops packets until somebody flips or resumes");
                 }
                 Ok(_) => {}
                 Err(error) => tracing::error!(%error, "a tick was refused"),

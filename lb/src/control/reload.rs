@@ -92,10 +92,13 @@ impl Control {
     fn replace(&self, plan: &Plan, hold: config::Hold, former: &Table) -> Result<(), ControlError> {
         let now = Instant::now();
         // On a copy: the shares are asked for and told news meanwhile.
-        let mut shares = lock(&self.shares).clone();
-        shares.replan(plan, now);
+        let mut shares = lock(&self.shares).replanned(plan, now);
         self.datapath.install(&weighed(plan, &shares, now))?;
-        lock(&self.shares).replan(plan, now);
+        {
+            let mut told = lock(&self.shares);
+            shares.catch_up(&told);
+            *told = shares;
+        }
         let table = Table::new(&*self.datapath, plan, Some(former), hold)?;
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
         *lock(&self.hold) = hold;

@@ -75,31 +75,43 @@ impl Shares {
         shares
     }
 
-    /// Another plan: backends that it keeps keep their standing, those that it adds start slowly.
-    pub fn replan(&mut self, plan: &Plan, now: Instant) {
-        self.take(plan, Some(now));
+    /// What another plan makes of it: backends that it keeps keep their standing, those that it adds start slowly.
+    pub fn replanned(&self, plan: &Plan, now: Instant) -> Self {
+        let (backends, starting) = (self.backends.clone(), self.starting.clone());
+        let mut next = Self { backends, starting, ..Self::default() };
+        next.take(plan, Some(now));
+        next
+    }
+
+    /// Takes what another one, of which this was made by [`Self::replanned`], has been told since then.
+    pub fn catch_up(&mut self, told: &Self) {
+        for (name, standing) in &mut self.backends {
+            if let Some(Standing { drained_by_hand, up, since, .. }) = told.backends.get(name).copied() {
+                *standing = Standing { drained_by_hand, up, since, ..*standing };
+            }
+        }
+        let known = told.starting.iter().filter(|name| self.backends.contains_key(*name));
+        self.starting.extend(known.cloned());
     }
 
     fn take(&mut self, plan: &Plan, added: Option<Instant>) {
         let mut former = std::mem::take(&mut self.backends);
         for backend in &plan.backends {
-            let standing = match former.remove(&backend.name) {
-                Some(known) => known,
-                None => {
-                    if added.is_some() {
-                        self.starting.insert(backend.name.clone());
-                    }
-                    Standing {
-                        weight: 0,
-                        drained_by_file: false,
-                        drained_by_hand: false,
-                        up: true,
-                        since: added,
-                    }
+            let (name, standing) = former.remove_entry(&backend.name).unwrap_or_else(|| {
+                if added.is_some() {
+                    self.starting.insert(backend.name.clone());
                 }
-            };
+                let standing = Standing {
+                    weight: 0,
+                    drained_by_file: false,
+                    drained_by_hand: false,
+                    up: true,
+                    since: added,
+                };
+                (backend.name.clone(), standing)
+            });
             let standing = Standing { weight: backend.weight, drained_by_file: backend.drain, ..standing };
-            self.backends.insert(backend.name.clone(), standing);
+            self.backends.insert(name, standing);
         }
         self.starting.retain(|name| self.backends.contains_key(name));
         self.services_of.clear();

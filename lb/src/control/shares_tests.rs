@@ -81,16 +81,29 @@ fn a_share_grows_from_a_tenth_to_all_in_steps() {
 fn another_plan_keeps_standings_and_starts_the_new_slowly() {
     let now = Instant::now();
     let mut shares = Shares::new(&plan(&[100]), &["b0".to_owned()]);
-    shares.replan(&plan(&[30, 40]), now);
+    shares = shares.replanned(&plan(&[30, 40]), now);
     assert_eq!(weights(&shares, "slow", now), [0, 4000]);
     shares.set_drained("b0", false, now - TEN_S);
     assert_eq!(weights(&shares, "slow", now), [30_000, 4000]);
     let mut drained = plan(&[30, 40]);
     drained.backends[0].drain = true;
-    shares.replan(&drained, now);
+    shares = shares.replanned(&drained, now);
     assert!(shares.standing("b0").unwrap().is_drained_by_file());
     assert_eq!(weights(&shares, "slow", now), [0, 4000]);
-    shares.replan(&plan(&[30]), now);
+    shares = shares.replanned(&plan(&[30]), now);
     assert_eq!(shares.standing("b1"), None);
     assert!(shares.growing(now).len() <= 1);
+}
+
+#[test]
+fn what_is_told_while_another_plan_is_written_is_not_forgotten() {
+    let now = Instant::now();
+    let mut shares = Shares::new(&plan(&[10, 20]), &["b1".to_owned()]);
+    let mut next = shares.replanned(&plan(&[30, 40, 50]), now - TEN_S);
+    shares.set_health("b0", false, now);
+    shares.set_drained("b1", false, now);
+    next.catch_up(&shares);
+    // Of the new plan the weights, of the news the rest: down, just back, and started long ago.
+    assert_eq!(weights(&next, "slow", now), [0, 4000, 50_000]);
+    assert_eq!(Vec::from_iter(next.growing(now)), ["slow"]);
 }

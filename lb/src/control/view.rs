@@ -18,9 +18,9 @@ pub struct BackendView {
     pub address: std::net::SocketAddr,
     /// The site where it runs; `null` for one that the configuration no longer has.
     pub location: Option<String>,
-    /// `forward`, `hold`, `drop` or `replay`.
+    /// `forward`, `hold_new`, `hold`, `drop` or `replay`.
     pub gate: String,
-    /// `forward`, `holding`, `expired` or `replaying`.
+    /// `forward`, `holding_new`, `holding`, `expired` or `replaying`.
     pub state: String,
     /// Grows with each change of the gate or the location.
     pub generation: u32,
@@ -85,6 +85,7 @@ pub(crate) fn gate_label(gate: Gate) -> &'static str {
         Gate::Drop => "drop",
         Gate::Forward => "forward",
         Gate::Hold => "hold",
+        Gate::HoldNew => "hold_new",
         Gate::Replay => "replay",
     }
 }
@@ -108,7 +109,7 @@ impl Control {
             (machine.word(), machine.state(), machine.location())
         };
         let deadline_in_ms = match state {
-            State::Holding { deadline, .. } => {
+            State::HoldingNew { deadline } | State::Holding { deadline, .. } => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
             }

@@ -7,6 +7,7 @@ mod held;
 mod merged;
 pub mod observe;
 mod queue;
+mod queues;
 mod segment;
 pub mod xdp;
 

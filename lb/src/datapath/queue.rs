@@ -7,6 +7,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Add;
 use std::time::Instant;
 
 use lb_core::Mode;
@@ -40,6 +41,20 @@ pub struct QueueCounts {
     pub aged: u64,
     /// Frames that said nothing beyond what was waiting already, or what came after them.
     pub absorbed: u64,
+}
+
+impl Add for QueueCounts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            held_packets: self.held_packets + other.held_packets,
+            held_bytes: self.held_bytes + other.held_bytes,
+            overflow: self.overflow + other.overflow,
+            aged: self.aged + other.aged,
+            absorbed: self.absorbed + other.absorbed,
+        }
+    }
 }
 
 /// What waits of a TCP flow.

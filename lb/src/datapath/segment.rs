@@ -31,9 +31,15 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// Flow and content of an Ethernet frame with TCP over IPv4 or IPv6 without options.
-pub fn read(frame: &[u8]) -> Option<(Flow, Content)> {
-    let (addresses, transport, end): (Range<usize>, usize, usize) = match frame.get(12..14)? {
+/// Whether a frame opens a TCP connection.
+pub fn opens(frame: &[u8]) -> bool {
+    let flags = places(frame).and_then(|(_, transport, _)| frame.get(transport + 13));
+    flags.is_some_and(|flags| flags & (SYN | ACK) == SYN)
+}
+
+/// Where the addresses and the TCP header of an Ethernet frame are, and where its datagram ends.
+fn places(frame: &[u8]) -> Option<(Range<usize>, usize, usize)> {
+    Some(match frame.get(12..14)? {
         // A fragment has no header, or not all that it speaks of.
         [0x08, 0x00]
             if frame.get(20)? & 0x3f == 0 && frame.get(21) == Some(&0) && frame.get(23) == Some(&TCP) =>
@@ -42,7 +48,12 @@ pub fn read(frame: &[u8]) -> Option<(Flow, Content)> {
         }
         [0x86, 0xdd] if frame.get(20) == Some(&TCP) => (22..54, 54, 54 + length(frame, 18)?),
         _ => return None,
-    };
+    })
+}
+
+/// Flow and content of an Ethernet frame with TCP over IPv4 or IPv6 without options.
+pub fn read(frame: &[u8]) -> Option<(Flow, Content)> {
+    let (addresses, transport, end) = places(frame)?;
     let header = frame.get(transport..transport + 20)?;
     let flags = header[13];
     let mut flow = [0; 38];

@@ -91,6 +91,10 @@ fn refused(error: ControlError) -> CutoverError {
 }
 
 impl Cutover for MigrationCutover {
+    fn hold_new(&self, backend: &str, deadline: Duration) -> Result<u32, CutoverError> {
+        self.control.hold_new(backend, deadline).map_err(refused)
+    }
+
     fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError> {
         let policy = match hold.policy {
             coordinator::Policy::Hold => Policy::Hold,
@@ -126,10 +130,12 @@ impl Cutover for MigrationCutover {
 
     fn resume(&self, backend: &str, generation: u32) -> Result<u32, CutoverError> {
         let resumed = match self.control.resume(backend, generation) {
-            // The former daemon came as far as opening it.
+            // The former daemon came as far as opening it, or a hold of new connections did so by itself.
             Err(ControlError::Refused {
                 refusal: Refusal::NotHeld { .. } | Refusal::Stale { .. }, ..
-            }) if self.recovering && self.is_open(backend) => self.control.generation(backend),
+            }) if (self.recovering || !self.held()) && self.is_open(backend) => {
+                self.control.generation(backend)
+            }
             result => result,
         };
         let generation = resumed.map_err(refused)?;

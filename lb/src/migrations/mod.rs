@@ -240,17 +240,20 @@ impl Migrations {
             let at = self.config.get().agent_at(site);
             at.ok_or_else(|| MigrationError::NoAgent { site: site.to_owned() })
         };
+        let (protocol, handshakes) = match self.config.get().protocol_of(backend) {
+            Protocol::Tcp => (migrate::coordinator::Protocol::Tcp, self.control.hold_defaults().handshakes),
+            // A datagram needs no other one: what the server has read is in the checkpoint.
+            Protocol::Udp => (migrate::coordinator::Protocol::Udp, Duration::ZERO),
+        };
         Ok(Spec {
             id,
             backend: backend.to_owned(),
             address: self.control.view(backend)?.address,
-            protocol: match self.config.get().protocol_of(backend) {
-                Protocol::Tcp => migrate::coordinator::Protocol::Tcp,
-                Protocol::Udp => migrate::coordinator::Protocol::Udp,
-            },
+            protocol,
             source: agent(source)?,
             target: agent(target)?,
             hold,
+            handshakes,
             drain: DEFAULT_DRAIN,
         })
     }

@@ -131,6 +131,7 @@ pub fn draw_backend(random: &mut Random, number: u32) -> BackendState {
         0 => Gate::Hold,
         1 => Gate::Drop,
         2 => Gate::Replay,
+        3 => Gate::HoldNew,
         _ => Gate::Forward,
     };
     let slot = random.pick(&[Slot::A, Slot::B]);

@@ -194,6 +194,14 @@ impl Driver {
                     self.prepare(Role::Source);
                     None
                 }
+                Command::HoldNew => {
+                    // Its own deadline is for a load balancer that forgets it.
+                    let deadline = self.spec.handshakes + self.spec.hold.deadline;
+                    Some(match self.cutover.hold_new(backend, deadline) {
+                        Ok(generation) => Event::HeldNew { generation },
+                        Err(error) => Event::CutoverRefused(error.to_string()),
+                    })
+                }
                 Command::Hold => Some(match self.cutover.hold(backend, self.spec.hold) {
                     Ok(generation) => Event::Held { generation },
                     Err(error) => Event::CutoverRefused(error.to_string()),

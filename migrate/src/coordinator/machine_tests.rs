@@ -7,6 +7,7 @@ use crate::coordinator::machine::*;
 use crate::coordinator::phases::PHASES;
 
 const HOLD: Duration = Duration::from_secs(5);
+const HANDSHAKES: Duration = Duration::from_millis(250);
 const GENERATION: u32 = 7;
 const OFFER: u32 = 3;
 
@@ -18,6 +19,7 @@ fn every_event() -> Vec<Event> {
     vec![
         Event::TargetPrepared,
         Event::SourcePrepared,
+        Event::HeldNew { generation: GENERATION - 1 },
         Event::Held { generation: GENERATION },
         Event::Drained,
         Event::Frozen,
@@ -43,7 +45,7 @@ fn every_event() -> Vec<Event> {
 }
 
 fn after(events: &[Event]) -> Machine {
-    let (mut machine, _) = Machine::start(HOLD);
+    let (mut machine, _) = Machine::start(HOLD, Duration::ZERO);
     for (step, event) in events.iter().enumerate() {
         machine.on(event.clone(), ms(step as u64));
     }
@@ -72,6 +74,15 @@ fn forward() -> Vec<Event> {
     ]
 }
 
+/// Holding new connections since the third millisecond.
+fn holding_new() -> Machine {
+    let (mut machine, _) = Machine::start(HOLD, HANDSHAKES);
+    machine.on(Event::TargetPrepared, ms(1));
+    assert_eq!(machine.on(Event::SourcePrepared, ms(2)), [Command::HoldNew]);
+    assert_eq!(machine.on(Event::HeldNew { generation: GENERATION - 1 }, ms(3)), []);
+    machine
+}
+
 /// Lets time pass until an operator is wanted; every question fails.
 fn doubtful(mut machine: Machine) -> Machine {
     while machine.doubt().is_none() {
@@ -97,6 +108,7 @@ fn every_state() -> Vec<(&'static str, Machine)> {
     vec![
         ("preparing target", after(&way[..0])),
         ("preparing source", after(&way[..1])),
+        ("holding new", holding_new()),
         ("holding", after(&way[..2])),
         ("moving", after(&way[..3])),
         ("restoring", after(&way[..7])),
@@ -184,7 +196,7 @@ fn every_pair() {
 
 #[test]
 fn the_way_forward() {
-    let (mut machine, commands) = Machine::start(HOLD);
+    let (mut machine, commands) = Machine::start(HOLD, Duration::ZERO);
     assert_eq!(commands, [Command::PrepareTarget]);
     let expected: [&[Command]; 12] = [
         &[Command::PrepareSource],
@@ -214,7 +226,40 @@ fn the_way_forward() {
     assert_eq!(names, PHASES);
     assert!(machine.phases().list().iter().is_sorted_by(|a, b| a.end_ms == b.start_ms));
     assert_eq!(machine.phases().list()[0].start_ms, 0.0);
-    assert_eq!(machine.phases().list()[8].end_ms, 120.0);
+    assert_eq!(machine.phases().list()[9].end_ms, 120.0);
+}
+
+#[test]
+fn handshakes_get_their_time_before_anything_else_is_held() {
+    let mut machine = holding_new();
+    let until = ms(3) + HANDSHAKES;
+    assert_eq!(machine.wake_at(), Some(until));
+    assert_eq!(machine.on(Event::Tick, until - ms(1)), []);
+    assert_eq!(machine.on(Event::Tick, until), [Command::Hold]);
+    assert_eq!(machine.on(Event::Held { generation: GENERATION }, until), [Command::Freeze]);
+    assert_eq!(machine.wake_at(), Some(until + HOLD), "the deadline is that of the whole hold");
+    assert_eq!(machine.on(Event::Abort, until), [Command::ResumeSource, Command::DropTarget]);
+}
+
+#[test]
+fn a_gate_that_holds_new_connections_opens_without_waiting_for_any_agent() {
+    let open = Command::ResumeGate { generation: GENERATION - 1 };
+    for late in [false, true] {
+        let mut machine = holding_new();
+        let refused = Event::CutoverRefused("no".to_owned());
+        let back = match late {
+            false => machine.on(Event::SourceFailed(text()), ms(50)),
+            true => {
+                machine.on(Event::Tick, ms(3) + HANDSHAKES);
+                machine.on(refused, ms(3) + HANDSHAKES)
+            }
+        };
+        assert_eq!(back, [open, Command::ResumeSource, Command::DropTarget]);
+        machine.on(Event::GateResumed, ms(300));
+        machine.on(Event::SourceFailed(text()), ms(301));
+        machine.on(Event::TargetDropped, ms(302));
+        assert!(matches!(machine.state(), State::Finished { outcome: Outcome::RolledBack, .. }));
+    }
 }
 
 #[test]
@@ -371,14 +416,21 @@ proptest! {
     /// `Confirmed`, no way back after the flip but an operator's, the gate opened only while it is closed and the
     /// source runs, and no end but by an answer.
     #[test]
-    fn any_history_is_safe(history in prop::collection::vec((any_event(), 0u64..20_000), 0..60)) {
-        let (mut machine, mut commands) = Machine::start(HOLD);
+    fn any_history_is_safe(
+        history in prop::collection::vec((any_event(), 0u64..20_000), 0..60),
+        handshakes in prop::sample::select(vec![Duration::ZERO, HANDSHAKES]),
+    ) {
+        let (mut machine, mut commands) = Machine::start(HOLD, handshakes);
         let mut now = Duration::ZERO;
         let (mut held, mut flipped, mut confirmed, mut resumed, mut opened) = (0, false, false, false, 0);
-        let mut resolved = false;
+        let (mut resolved, mut held_new) = (false, false);
         for (event, pause) in history {
             for command in &commands {
                 match command {
+                    Command::HoldNew => {
+                        prop_assert!(!held_new && held == 0 && !flipped && !handshakes.is_zero());
+                        held_new = true;
+                    }
                     Command::Hold => {
                         held += 1;
                         prop_assert!(held == 1 || resolved);
@@ -390,9 +442,10 @@ proptest! {
                     Command::Go { .. } | Command::Offer | Command::Confirm => prop_assert!(flipped && !resolved),
                     Command::Release => prop_assert!(flipped && confirmed && !resolved),
                     Command::ResumeSource | Command::DropTarget => prop_assert!(!flipped || resolved),
-                    Command::ResumeGate { .. } => {
-                        prop_assert!(!flipped && held == 1);
-                        prop_assert!(resumed || resolved);
+                    Command::ResumeGate { generation } => {
+                        let only_new = held_new && *generation == GENERATION - 1;
+                        prop_assert!(!flipped && (held == 1 || only_new));
+                        prop_assert!(resumed || resolved || only_new);
                         opened += 1;
                     }
                     Command::FlipBack { .. } => {

@@ -23,6 +23,9 @@ pub use crate::protocol::Protocol;
 
 /// What the coordinator needs of the load balancer. Each call returns at once: no network is waited for.
 pub trait Cutover: Send + Sync + 'static {
+    /// Closes the backend's gate for new connections only; gives the gate's new generation. At the deadline the gate
+    /// opens by itself, unless it was closed for all.
+    fn hold_new(&self, backend: &str, deadline: Duration) -> Result<u32, CutoverError>;
     /// Closes the backend's gate; gives the gate's new generation.
     fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError>;
     /// Writes the target's location beforehand, so that the flip is one store. Fails if the site has no route.
@@ -109,6 +112,9 @@ pub struct Spec {
     pub target: AgentAt,
     /// How the gate is to hold.
     pub hold: HoldRequest,
+    /// How long new connections alone are held before all is, so that those in their handshake can finish it; zero:
+    /// not at all.
+    pub handshakes: Duration,
     /// The least time between hold and freeze, in which packets under way arrive.
     pub drain: Duration,
 }
@@ -201,7 +207,7 @@ pub async fn run(
     orders: Orders,
     progress: mpsc::UnboundedSender<Progress>,
 ) -> Report {
-    let start = machine::Machine::start(spec.hold.deadline);
+    let start = machine::Machine::start(spec.hold.deadline, spec.handshakes);
     drive::drive(spec, start, cutover, orders, progress).await
 }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::PhaseTime;
 
 /// The phases of a migration that goes well, in order. One that does not ends with `rollback`.
-pub const PHASES: [&str; 9] =
-    ["prepare", "hold", "drain", "freeze", "transfer", "restore", "flip", "confirm", "release"];
+pub const PHASES: [&str; 10] =
+    ["prepare", "hold_new", "hold", "drain", "freeze", "transfer", "restore", "flip", "confirm", "release"];
 
 /// The phases so far, in order, without gaps.
 #[derive(Clone, Debug, Default)]

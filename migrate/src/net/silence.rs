@@ -8,7 +8,9 @@
 //!
 //! A restored copy's connections are live before it may run. Should it be killed then, by the death of its CRIU for
 //! instance, its kernel would end them all with resets, or, worse, the copy might run and answer; nobody must hear
-//! either. What comes for it is let through: it waits in the sockets for the copy to run.
+//! either. What comes for it is let through: it waits in the sockets for the copy to run. The one answer that leaves is a
+//! SYN-ACK, which only a kernel with a listener gives: a client whose SYN was held would have to wait a second for the
+//! next one.
 //!
 //! One table per backend. At the source the address is an element of a set with a timeout, so that the rules end by
 //! themselves if the agent dies: its CRIU then lets the source run, and it must be heard again.
@@ -141,6 +143,10 @@ impl Silence {
         };
         // Rounded up: a silence that ends too early is worse than one that ends late.
         let timeout = timeout.map_or(String::new(), |timeout| format!(" timeout {}s", timeout.as_secs() + 1));
+        let greeting = match direction {
+            Direction::Both => "",
+            Direction::Out => "tcp flags & (syn | rst | ack) == (syn | ack) accept; ",
+        };
         let chain_in = match direction {
             Direction::Both => {
                 format!("chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n")
@@ -153,7 +159,7 @@ impl Silence {
             "table inet {table} {{\n\
              set silent {{ type {kind}; flags timeout; elements = {{ {element}{timeout} }}; }}\n\
              {chain_in}\
-             chain out {{ type filter hook output priority -400; {from} @silent drop; }}\n\
+             chain out {{ type filter hook output priority -400; {greeting}{from} @silent drop; }}\n\
              }}\n"
         )
     }

@@ -273,6 +273,7 @@ impl Lab {
             source: agent(from),
             target: agent(from.other()),
             hold: HoldRequest { deadline, policy: Policy::Drop },
+            handshakes: Duration::from_millis(20),
             drain: DEFAULT_DRAIN,
         }
     }
@@ -426,6 +427,11 @@ impl Gate {
 }
 
 impl Cutover for Gate {
+    /// The lab's routes know nothing of connections.
+    fn hold_new(&self, _: &str, _: Duration) -> Result<u32, CutoverError> {
+        Ok(self.generation())
+    }
+
     fn hold(&self, _: &str, _: HoldRequest) -> Result<u32, CutoverError> {
         Ok(self.set(Route::Nowhere))
     }
@@ -467,6 +473,10 @@ pub struct Crashing {
 }
 
 impl Cutover for Crashing {
+    fn hold_new(&self, backend: &str, deadline: Duration) -> Result<u32, CutoverError> {
+        self.gate.hold_new(backend, deadline)
+    }
+
     fn hold(&self, backend: &str, hold: HoldRequest) -> Result<u32, CutoverError> {
         self.gate.hold(backend, hold)
     }

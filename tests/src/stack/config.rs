@@ -9,10 +9,31 @@ use serde::Serialize;
 use super::{HoldOptions, Tunnels, Workload};
 use crate::{Lab, Site, address};
 
+/// The services that the workloads are behind, checked so often if at all.
+pub(super) fn services(workloads: &[Workload], check_interval_ms: Option<u64>) -> Vec<Service<'_>> {
+    let mut services: Vec<Service> = Vec::new();
+    for workload in workloads {
+        let (address, protocol) = (workload.service.to_string(), workload.protocol.name());
+        match services.iter_mut().find(|found| found.address == address && found.protocol == protocol) {
+            Some(service) => service.backends.push(&workload.name),
+            None => services.push(Service {
+                name: format!("{}-service", workload.name),
+                address,
+                protocol,
+                mode: workload.mode.name(),
+                backends: vec![&workload.name],
+                check: check_interval_ms.map(|interval_ms| Check { kind: "tcp", interval_ms }),
+            }),
+        }
+    }
+    services
+}
+
 /// The daemon's configuration file.
 pub(super) fn daemon(
     lab: &Lab,
     workloads: &[Workload],
+    services: Vec<Service<'_>>,
     tunnels: Option<Tunnels>,
     hold: &HoldOptions,
     tls: &Files,
@@ -25,20 +46,6 @@ pub(super) fn daemon(
             site: workload.site.name(),
         })
         .collect();
-    let mut services: Vec<Service> = Vec::new();
-    for workload in workloads {
-        let (address, protocol) = (workload.service.to_string(), workload.protocol.name());
-        match services.iter_mut().find(|found| found.address == address && found.protocol == protocol) {
-            Some(service) => service.backends.push(&workload.name),
-            None => services.push(Service {
-                name: format!("{}-service", workload.name),
-                address,
-                protocol,
-                mode: workload.mode.name(),
-                backends: vec![&workload.name],
-            }),
-        }
-    }
     write(&Daemon {
         admin: Admin { listen: address::ADMIN },
         datapath: Datapath {
@@ -147,12 +154,21 @@ struct Backend<'a> {
 }
 
 #[derive(Serialize)]
-struct Service<'a> {
+pub(super) struct Service<'a> {
     name: String,
     address: String,
     protocol: &'static str,
     mode: &'static str,
     backends: Vec<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Check>,
+}
+
+#[derive(Serialize)]
+struct Check {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    interval_ms: u64,
 }
 
 #[derive(Serialize)]

@@ -50,6 +50,8 @@ pub struct StackOptions {
     pub tunnels: Option<Tunnels>,
     /// The daemon's hold limits, where they differ from its defaults.
     pub hold: HoldOptions,
+    /// Checks every service by connecting to it so often; `None`: none is checked.
+    pub check_interval_ms: Option<u64>,
     /// Added to the environment of daemon and agents.
     pub environment: Vec<(String, String)>,
     /// Folders that a site's agent, and so the servers there, find empty.
@@ -75,6 +77,9 @@ pub struct HoldOptions {
     /// How long a hold may last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
+    /// How long new connections alone are held first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handshakes_ms: Option<u64>,
     /// `drop-newest` or `drop-oldest`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overflow: Option<String>,
@@ -98,8 +103,17 @@ pub struct Stack {
 impl Stack {
     /// Writes the configurations, starts agents and daemon, and waits until all are ready and every workload runs.
     pub fn start(mut lab: Lab, options: StackOptions) -> Result<Stack, LabError> {
-        let StackOptions { workloads, tunnels, hold, environment, hidden, replaced, site_processors, link } =
-            options;
+        let StackOptions {
+            workloads,
+            tunnels,
+            hold,
+            check_interval_ms,
+            environment,
+            hidden,
+            replaced,
+            site_processors,
+            link,
+        } = options;
         if let Some(spec) = &link {
             lab.join_sites(spec)?;
         }
@@ -120,7 +134,9 @@ impl Stack {
             lab,
         };
         let files = stack.certificates.daemon();
-        stack.write_config("lb", &config::daemon(&stack.lab, &stack.workloads, tunnels, &hold, files))?;
+        let services = config::services(&stack.workloads, check_interval_ms);
+        let daemon = config::daemon(&stack.lab, &stack.workloads, services, tunnels, &hold, files);
+        stack.write_config("lb", &daemon)?;
         for site in Site::ALL {
             let files = stack.certificates.agent(site);
             let text = config::agent(&stack.lab, site, &stack.workloads, tunnels, files);

@@ -42,6 +42,9 @@ const PROGRAMS: &[Program] = &[
     tool("redis-cli", "redis-tools", "fills a workload of tests"),
     server("redis-server", "a workload of tests and demo"),
     server("openarena-server", "a workload of tests and demo"),
+    tool("/usr/lib/ioquake3/ioquake3", "ioquake3", "a client of a workload of tests"),
+    tool("/usr/games/openarena", "openarena", "what that client plays"),
+    tool("Xvfb", "xvfb", "a screen for that client"),
     server("mosquitto", "a workload of tests"),
     tool("mosquitto_pub", "mosquitto-clients", "clients of a workload of tests"),
     Program {

@@ -68,6 +68,7 @@ fn defaults_are_filled_in() {
     assert_eq!(config.hold.limits.max_age, Duration::from_secs(10));
     assert_eq!(config.hold.limits.overflow, Overflow::DropNewest);
     assert_eq!(config.hold.deadline, Duration::from_secs(5));
+    assert_eq!(config.hold.handshakes, Duration::from_millis(250));
     assert_eq!(config.agents.get("ams").map(String::as_str), Some("http://10.2.1.1:7401"));
     assert!(!config.agents.contains_key("fra"));
     let weights: Vec<u32> = config.plan.backends.iter().map(|backend| backend.weight).collect();
@@ -88,7 +89,7 @@ fn defaults_are_filled_in() {
 
 #[test]
 fn what_is_said_is_taken() {
-    let more = "[migrations]\njournal = '/j'\n[admin]\nlisten = '[::1]:9'\n[hold]\nmax_bytes = '1 MiB'\nmax_age_ms = 7\ndeadline_ms = 8\noverflow = 'drop-oldest'\n";
+    let more = "[migrations]\njournal = '/j'\n[admin]\nlisten = '[::1]:9'\n[hold]\nmax_bytes = '1 MiB'\nmax_age_ms = 7\ndeadline_ms = 8\nhandshakes_ms = 0\noverflow = 'drop-oldest'\n";
     let config = Config::parse(&format!("{more}{GOOD}"), "t.toml").unwrap();
     assert_eq!(config.admin.listen, "[::1]:9".parse().unwrap());
     assert_eq!(config.migrations.journal, PathBuf::from("/j"));
@@ -96,6 +97,7 @@ fn what_is_said_is_taken() {
     assert_eq!(config.hold.limits.max_age, Duration::from_millis(7));
     assert_eq!(config.hold.limits.overflow, Overflow::DropOldest);
     assert_eq!(config.hold.deadline, Duration::from_millis(8));
+    assert_eq!(config.hold.handshakes, Duration::ZERO);
 }
 
 #[test]

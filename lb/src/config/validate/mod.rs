@@ -18,7 +18,9 @@ use super::error::Collector;
 use super::prefix::{Family, Prefix};
 use super::raw::{self, Number, Raw, Text};
 use super::read::Field;
-use super::{Admin, Config, Datapath, Hold, HookChoice, MAX_DEADLINE_MS, Migrations, size};
+use super::{
+    Admin, Config, Datapath, Hold, HookChoice, MAX_DEADLINE_MS, MAX_HANDSHAKES_MS, Migrations, size,
+};
 use crate::datapath::{HoldLimits, Overflow, Plan};
 
 /// A queue below this would overflow with the first burst of one client's window.
@@ -183,6 +185,9 @@ fn hold(raw: &raw::Hold, errors: &mut Collector) -> Hold {
     let overflow = choice(&raw.overflow, &overflows, Overflow::DropNewest, errors);
     let max_age_ms = bounded(&raw.max_age_ms, 1..=MAX_DEADLINE_MS, 10_000, errors);
     let deadline_ms = bounded(&raw.deadline_ms, 1..=MAX_DEADLINE_MS, 5_000, errors);
+    // Longer than nearly everybody's round trip, and, with a freeze, shorter than the second after which a client
+    // sends its SYN again (RFC 6298, section 2).
+    let handshakes_ms = bounded(&raw.handshakes_ms, 0..=MAX_HANDSHAKES_MS, 250, errors);
     Hold {
         limits: HoldLimits {
             // A hold beyond the address space is bounded by memory anyway.
@@ -191,6 +196,7 @@ fn hold(raw: &raw::Hold, errors: &mut Collector) -> Hold {
             overflow,
         },
         deadline: Duration::from_millis(deadline_ms),
+        handshakes: Duration::from_millis(handshakes_ms),
     }
 }
 

@@ -23,7 +23,7 @@ use super::records::from_bytes;
 use super::sender::{BATCH, LONG_BATCH, Sender};
 use super::shared::SharedTables;
 use crate::datapath::merged::wire_frames;
-use crate::datapath::queue::HoldQueue;
+use crate::datapath::queues::HoldQueues;
 use crate::datapath::{BackendNumber, Event, HoldLimits, HoldStats};
 
 /// How often the ring is looked at while a gate is closed: a twentieth of a millisecond is little beside a
@@ -99,7 +99,7 @@ impl Drop for Pump {
 
 /// One hold of one backend, from before its gate closes until shortly after it opened again.
 struct Session {
-    queue: HoldQueue,
+    queue: HoldQueues,
     /// The kernel's count of packets not captured, when the hold began.
     refused_before: u64,
     replayed: u64,
@@ -136,7 +136,7 @@ struct Quiet {
 impl Session {
     fn new(limits: HoldLimits, refused_before: u64) -> Self {
         Self {
-            queue: HoldQueue::new(limits),
+            queue: HoldQueues::new(limits),
             refused_before,
             replayed: 0,
             unsettled: 0,
@@ -245,7 +245,7 @@ impl Worker {
         session.unsettled += before - session.queue.len() as u64;
         let word = self.tables.word(backend);
         let sent = match word.gate() {
-            Gate::Hold | Gate::Drop => {
+            Gate::HoldNew | Gate::Hold | Gate::Drop => {
                 session.stage = Stage::Holding;
                 0
             }

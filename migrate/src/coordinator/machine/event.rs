@@ -9,6 +9,11 @@ pub enum Event {
     TargetPrepared,
     /// The source's CRIU waits to freeze it.
     SourcePrepared,
+    /// The gate holds new connections.
+    HeldNew {
+        /// The gate's new generation.
+        generation: u32,
+    },
     /// The gate holds.
     Held {
         /// The gate's new generation.
@@ -76,6 +81,8 @@ pub enum Command {
     PrepareTarget,
     /// Ask the source to prepare.
     PrepareSource,
+    /// Close the gate for new connections.
+    HoldNew,
     /// Close the gate.
     Hold,
     /// Ask the source to drain, freeze, dump and send.

@@ -1,10 +1,10 @@
 //! The migration as a pure state machine: event and time in, commands out. No I/O, no clock.
 //!
 //! ```text
-//! Before: PreparingTarget -> PreparingSource -> Holding -> Moving -> Flipping --flip--> After:
-//!    \______________________any failure, abort, deadline______________/         Starting -> Confirming -> Releasing
-//!                             |                                                    |           |           |
-//!                        RollingBack -> Finished(rolled back)                      '-- doubt --'  Finished(committed)
+//! Before: PreparingTarget -> PreparingSource -> HoldingNew -> Holding -> Moving -> Flipping --flip--> After:
+//!    \______________________any failure, abort, deadline____________________________/    Starting -> Confirming -> Releasing
+//!                             |                                                            |           |           |
+//!                        RollingBack -> Finished(rolled back)                              '-- doubt --'  Finished(committed)
 //! ```
 //!
 //! The flip is the point of no return: no event leads from [`After`] to [`RollingBack`] but an operator's word, and the
@@ -51,21 +51,23 @@ pub struct Machine {
     state: State,
     phases: Phases,
     hold_deadline: Duration,
+    handshakes: Duration,
     prepare_until: Duration,
     doubt: Option<String>,
 }
 
 impl Machine {
-    /// A new migration at time zero, and what to do first.
-    pub fn start(hold_deadline: Duration) -> (Self, Vec<Command>) {
-        let mut machine = Self::new(State::Before(Before::PreparingTarget), hold_deadline);
+    /// A new migration at time zero, and what to do first. `handshakes`: how long new connections alone are held.
+    pub fn start(hold_deadline: Duration, handshakes: Duration) -> (Self, Vec<Command>) {
+        let start = Self::new(State::Before(Before::PreparingTarget), hold_deadline);
+        let mut machine = Self { handshakes, ..start };
         machine.phases.enter("prepare", Duration::ZERO);
         (machine, vec![Command::PrepareTarget])
     }
 
     /// A migration that a former coordinator left before its flip: roll it back.
     pub fn recover_back(generation: u32, hold_deadline: Duration) -> (Self, Vec<Command>) {
-        let mut machine = Self::new(State::Before(Before::Holding), hold_deadline);
+        let mut machine = Self::new(State::Before(Before::Holding { generation: None }), hold_deadline);
         let reason = "the load balancer was restarted before the flip".to_owned();
         let commands = machine.roll_back(Some(Closed::AtSource { generation }), reason, Duration::ZERO);
         (machine, commands)
@@ -86,7 +88,7 @@ impl Machine {
         generation: u32,
         hold_deadline: Duration,
     ) -> (Self, Vec<Command>) {
-        let mut machine = Self::new(State::Before(Before::Holding), hold_deadline);
+        let mut machine = Self::new(State::Before(Before::Holding { generation: None }), hold_deadline);
         let gate = if at_target { Closed::Flipped } else { Closed::AtSource { generation } };
         let reason = "an operator said so before the load balancer was restarted".to_owned();
         let commands = machine.roll_back(Some(gate), reason, Duration::ZERO);
@@ -94,7 +96,14 @@ impl Machine {
     }
 
     fn new(state: State, hold_deadline: Duration) -> Self {
-        Self { state, phases: Phases::default(), hold_deadline, prepare_until: PREPARE_LIMIT, doubt: None }
+        Self {
+            state,
+            phases: Phases::default(),
+            hold_deadline,
+            handshakes: Duration::ZERO,
+            prepare_until: PREPARE_LIMIT,
+            doubt: None,
+        }
     }
 
     /// Why an operator is wanted, if so. It may still end by itself.
@@ -145,7 +154,8 @@ impl Machine {
     pub fn wake_at(&self) -> Option<Duration> {
         match &self.state {
             State::Before(Before::PreparingTarget | Before::PreparingSource) => Some(self.prepare_until),
-            State::Before(Before::Holding | Before::Flipping { .. }) => None,
+            State::Before(Before::HoldingNew { until, .. }) => Some(*until),
+            State::Before(Before::Holding { .. } | Before::Flipping { .. }) => None,
             State::Before(Before::Moving { deadline, .. }) => Some(*deadline),
             State::After(
                 After::Starting { go: asking, .. }
@@ -173,10 +183,11 @@ impl Machine {
 
     fn on_before(&mut self, before: Before, event: Event, now: Duration) -> Vec<Command> {
         let gate = match before {
-            Before::Moving { generation, .. } | Before::Flipping { generation, .. } => {
-                Some(Closed::AtSource { generation })
-            }
-            Before::PreparingTarget | Before::PreparingSource | Before::Holding => None,
+            Before::HoldingNew { generation, .. }
+            | Before::Holding { generation: Some(generation) }
+            | Before::Moving { generation, .. }
+            | Before::Flipping { generation, .. } => Some(Closed::AtSource { generation }),
+            Before::PreparingTarget | Before::PreparingSource | Before::Holding { generation: None } => None,
         };
         match (&before, event) {
             // What ends any of these steps.
@@ -202,12 +213,23 @@ impl Machine {
                 self.state = State::Before(Before::PreparingSource);
                 vec![Command::PrepareSource]
             }
-            (Before::PreparingSource, Event::SourcePrepared) => {
-                self.phases.enter("hold", now);
-                self.state = State::Before(Before::Holding);
-                vec![Command::Hold]
+            (Before::PreparingSource, Event::SourcePrepared) if self.handshakes.is_zero() => {
+                self.hold(None, now)
             }
-            (Before::Holding, Event::Held { generation }) => {
+            (Before::PreparingSource, Event::SourcePrepared) => {
+                self.phases.enter("hold_new", now);
+                self.state = State::Before(Before::Holding { generation: None });
+                vec![Command::HoldNew]
+            }
+            (Before::Holding { .. }, Event::HeldNew { generation }) => {
+                let until = now + self.handshakes;
+                self.state = State::Before(Before::HoldingNew { generation, until });
+                Vec::new()
+            }
+            (Before::HoldingNew { generation, until }, Event::Tick) if now >= *until => {
+                self.hold(Some(*generation), now)
+            }
+            (Before::Holding { .. }, Event::Held { generation }) => {
                 self.phases.enter("drain", now);
                 let deadline = now + self.hold_deadline;
                 self.state = State::Before(Before::Moving { generation, deadline });
@@ -256,6 +278,7 @@ impl Machine {
                 _,
                 Event::TargetPrepared
                 | Event::SourcePrepared
+                | Event::HeldNew { .. }
                 | Event::Held { .. }
                 | Event::Drained
                 | Event::Frozen
@@ -272,6 +295,13 @@ impl Machine {
                 | Event::Tick,
             ) => Vec::new(),
         }
+    }
+
+    /// Closes the gate; `generation` is that of one that holds new connections already.
+    fn hold(&mut self, generation: Option<u32>, now: Duration) -> Vec<Command> {
+        self.phases.enter("hold", now);
+        self.state = State::Before(Before::Holding { generation });
+        vec![Command::Hold]
     }
 
     fn on_after(&mut self, after: After, event: Event, now: Duration) -> Vec<Command> {
@@ -455,6 +485,7 @@ impl Machine {
             // Old news from the way forward, and answers that were already taken.
             Event::TargetPrepared
             | Event::SourcePrepared
+            | Event::HeldNew { .. }
             | Event::Held { .. }
             | Event::Drained
             | Event::Frozen
@@ -481,6 +512,13 @@ impl Machine {
 
     fn roll_back(&mut self, gate: Option<Closed>, reason: String, now: Duration) -> Vec<Command> {
         let untouched = matches!(self.state, State::Before(Before::PreparingTarget));
+        // Nobody has been told to freeze, whatever becomes of the agents: new connections have nothing to wait for.
+        let open = match self.state {
+            State::Before(Before::HoldingNew { .. } | Before::Holding { generation: Some(_) }) => {
+                gate.map(Closed::open)
+            }
+            _ => None,
+        };
         self.phases.enter("rollback", now);
         self.state = State::RollingBack(RollingBack {
             reason,
@@ -489,7 +527,8 @@ impl Machine {
             target_gone: false,
             asking: Asking::from(now),
         });
-        if untouched { vec![Command::DropTarget] } else { vec![Command::ResumeSource, Command::DropTarget] }
+        let resume = (!untouched).then_some(Command::ResumeSource);
+        open.into_iter().chain(resume).chain([Command::DropTarget]).collect()
     }
 
     fn deadline_passed(&self) -> String {

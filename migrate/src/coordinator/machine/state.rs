@@ -12,8 +12,18 @@ pub enum Before {
     PreparingTarget,
     /// Preparing the source.
     PreparingSource,
+    /// New connections are held; those in their handshake finish it, and the server accepts them.
+    HoldingNew {
+        /// Of the gate.
+        generation: u32,
+        /// When all is to be held.
+        until: Duration,
+    },
     /// Closing the gate.
-    Holding,
+    Holding {
+        /// Of a gate that holds new connections already.
+        generation: Option<u32>,
+    },
     /// Drain, freeze, transfer and restore are the agents'; their reports come over two connections and
     /// may overtake each other, so only `Restored` decides anything here.
     Moving {

@@ -59,7 +59,9 @@ impl State {
     }
 
     fn deadlines(&mut self) -> Vec<&mut Duration> {
-        if let Self::Before(Before::Moving { deadline, .. }) = self {
+        if let Self::Before(Before::Moving { deadline, .. } | Before::HoldingNew { until: deadline, .. }) =
+            self
+        {
             return vec![deadline];
         }
         self.asking()

@@ -24,6 +24,7 @@ use crate::roles::target;
 /// Far enough from zero for everything that may lie in the past.
 const NOW: Duration = Duration::from_secs(100);
 const HOLD: Duration = Duration::from_secs(5);
+const HANDSHAKES: Duration = Duration::from_millis(250);
 /// Offers that a target makes at most.
 const OFFERS: u32 = 2;
 
@@ -71,7 +72,7 @@ impl Model for Cutovers {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        let (machine, commands) = Machine::start(HOLD);
+        let (machine, commands) = Machine::start(HOLD, HANDSHAKES);
         let mut world = World {
             coordinator: Coordinator::new(machine),
             gate: Gate::default(),
@@ -220,12 +221,15 @@ impl Model for Cutovers {
             Property::always("clients hear a live copy or none", |_, world: &World| {
                 world.gate.closed || world.gate.at_target || !world.target.runs
             }),
+            Property::always("nothing freezes behind a gate that is not closed", |_, world: &World| {
+                world.source.runs() || world.gate.closed || world.gate.at_target
+            }),
             Property::always("an end is an end", |_, world: &World| match world.coordinator.0.state() {
                 machine::State::Finished { outcome: Outcome::RolledBack, .. } => {
-                    !world.gate.at_target && !world.gate.closed && !world.target.runs && world.source.runs()
+                    !world.gate.at_target && world.gate.is_open() && !world.target.runs && world.source.runs()
                 }
                 machine::State::Finished { outcome: Outcome::Committed, .. } => {
-                    world.gate.at_target && !world.source.runs()
+                    world.gate.at_target && world.gate.is_open() && !world.source.runs()
                 }
                 _ => true,
             }),

@@ -66,12 +66,20 @@ impl Hash for Coordinator {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Gate {
     pub(super) closed: bool,
+    /// Closed for new connections only.
+    pub(super) holds_new: bool,
     pub(super) at_target: bool,
     pub(super) generation: u32,
     /// The journal: an operator has said that the source's copy counts.
     pub(super) resolved_back: bool,
     /// The journal: `confirm` is about to be said.
     pub(super) confirmed: bool,
+}
+
+impl Gate {
+    pub(super) fn is_open(self) -> bool {
+        !self.closed && !self.holds_new
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -202,8 +210,13 @@ impl World {
                     self.network.insert(Message::PrepareSource);
                     None
                 }
+                Command::HoldNew => {
+                    self.gate.holds_new = true;
+                    self.gate.generation += 1;
+                    Some(Event::HeldNew { generation: self.gate.generation })
+                }
                 Command::Hold => {
-                    self.gate.closed = true;
+                    (self.gate.closed, self.gate.holds_new) = (true, false);
                     self.gate.generation += 1;
                     Some(Event::Held { generation: self.gate.generation })
                 }
@@ -212,7 +225,7 @@ impl World {
                     Some(Event::Flipped)
                 }
                 Command::ResumeGate { .. } => {
-                    self.gate.closed = false;
+                    (self.gate.closed, self.gate.holds_new) = (false, false);
                     Some(Event::GateResumed)
                 }
                 Command::FlipBack { .. } => {
@@ -456,7 +469,7 @@ impl World {
             }
         }
         let one = world.source.runs() != world.target.runs;
-        let heard = !world.gate.closed && world.gate.at_target == world.target.runs;
+        let heard = world.gate.is_open() && world.gate.at_target == world.target.runs;
         // A source that was prepared and left behind falls back when its patience ends.
         world.is_finished() && one && heard || world.is_lost()
     }
