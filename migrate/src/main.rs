@@ -12,6 +12,7 @@ use migrate::agent::config::Config;
 use migrate::agent::door::Door;
 use migrate::agent::server;
 use migrate::agent::site::Site;
+use migrate::criu::relay;
 use migrate::workload::enter::{self, What};
 use migrate::workload::holder::HolderPid;
 use migrate::workload::init;
@@ -112,6 +113,10 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum EnterWhat {
+    Runtime {
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
     Criu {
         #[arg(last = true)]
         argv: Vec<String>,
@@ -129,6 +134,11 @@ enum EnterWhat {
 }
 
 fn main() -> ExitCode {
+    if relay::is_called() {
+        let Err(error) = relay::become_criu();
+        eprintln!("migrate, in the place of CRIU: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let done = match Cli::parse().command {
         Command::Agent { config } => agent(&config).map(|()| 0),
         Command::Pki(pki) => pki.run().map(|()| 0),
@@ -142,6 +152,7 @@ fn main() -> ExitCode {
             enter::launch(&dir, log.as_deref(), user, &argv).map(|()| 0)
         }
         Command::Enter { holder, cgroup, what } => match what {
+            EnterWhat::Runtime { argv } => enter::run(holder, &cgroup, &What::Runtime, &argv),
             EnterWhat::Criu { argv } => enter::run(holder, &cgroup, &What::Criu, &argv),
             EnterWhat::Workload { dir, log, user, argv } => {
                 enter::run(holder, &cgroup, &What::Workload { dir, log, user }, &argv)

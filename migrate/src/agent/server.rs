@@ -161,7 +161,7 @@ impl From<SiteError> for Refusal {
     fn from(error: SiteError) -> Self {
         let status = match &error {
             SiteError::Unknown(..) => StatusCode::NOT_FOUND,
-            SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } => StatusCode::CONFLICT,
+            SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } | SiteError::Container(_) => StatusCode::CONFLICT,
             SiteError::Address { .. } => StatusCode::BAD_REQUEST,
             SiteError::Start { .. }
             | SiteError::User(_)
@@ -179,7 +179,7 @@ impl From<SiteError> for Refusal {
 impl From<ReadinessError> for Refusal {
     fn from(error: ReadinessError) -> Self {
         let status = match &error {
-            ReadinessError::Refused(_) => StatusCode::CONFLICT,
+            ReadinessError::Refused(_) | ReadinessError::Container(_) => StatusCode::CONFLICT,
             ReadinessError::Criu { .. }
             | ReadinessError::Images(_)
             | ReadinessError::Host(_)
@@ -347,7 +347,7 @@ async fn manifest(
 ) -> Answer<Json<Welcome>> {
     let received_unix_us = now_unix_us();
     let session = known_as(&site, &id, Role::Target)?;
-    site.may_enter(&session.workload, manifest).await?;
+    site.may_enter(site.workload(&session.workload)?, manifest).await?;
     Ok(Json(Welcome { received_unix_us, answered_unix_us: now_unix_us() }))
 }
 

@@ -16,6 +16,7 @@ use super::site::{Place, Site, SiteError};
 use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
+use crate::criu::rpc::Kind;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::drain::Queues;
 use crate::net::repair;
@@ -125,14 +126,14 @@ async fn ready(
         tls: site.config.transport.tls().cloned(),
     };
     let client = Arc::new(AgentClient::new(&target)?);
-    let manifest = site.may_leave(&workload.name, holder, &root).await?;
+    let manifest = site.may_leave(&workload, holder, &root).await?;
     introduce(&client, &session.id, &manifest).await?;
 
     let silence = site.silence(&workload);
     // A table of a former migration that was cut off would be in the way.
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = Swrk::start(&site.criu, holder, &[], folder.path())?;
+    let mut swrk = site.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
     swrk.warm().await?;
     holder.save_kernel_cache(&site.kernel_cache());
     start_dump(&mut swrk, root.inner_pid).await?;
@@ -384,8 +385,9 @@ impl Driver {
     async fn dump_again(&mut self) {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
-            let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
-                .map_err(|error| chain(&error))?;
+            let starting =
+                self.site.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
+            let mut swrk = starting.await.map_err(|error| chain(&error))?;
             start_dump(&mut swrk, self.pid).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)
         };

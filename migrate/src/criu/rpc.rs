@@ -95,6 +95,20 @@ pub struct Request {
     pub features: Option<Features>,
 }
 
+/// `criu_req` of a runtime, with options that we do not all know, as they came.
+#[derive(Clone, PartialEq, Message)]
+pub struct RuntimeRequest {
+    /// What is wanted.
+    #[prost(enumeration = "Kind", required, tag = "1")]
+    pub kind: i32,
+    /// How; a message is encoded as its bytes are.
+    #[prost(bytes = "vec", optional, tag = "2")]
+    pub options: Option<Vec<u8>>,
+    /// The answer to a hook.
+    #[prost(bool, optional, tag = "3")]
+    pub notify_success: Option<bool>,
+}
+
 /// `criu_restore_resp`.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Restored {

@@ -79,13 +79,15 @@ impl Records {
 }
 
 /// The root of a holder's workload: of the children of its pid 1 the first that is no helper of ours. (The
-/// others are orphans that the workload left.)
+/// others are orphans that the workload left.) A container's is the first process of another pid namespace.
 pub fn root_of(holder: HolderPid) -> Option<Process> {
-    processes::children(holder.pid)
-        .into_iter()
-        .filter_map(Process::read)
-        .filter(|process| process.is_alive() && process.inner_pid >= FIRST_DUMPED_PID)
-        .min_by_key(|process| process.inner_pid)
+    let depth = Process::read(holder.pid)?.depth;
+    let children = processes::children(holder.pid).into_iter().filter_map(Process::read);
+    let (inside, below): (Vec<_>, Vec<_>) =
+        children.filter(Process::is_alive).partition(|process| process.depth == depth);
+    let first = inside.into_iter().filter(|process| process.inner_pid >= FIRST_DUMPED_PID);
+    let container = below.into_iter().find(|process| process.inner_pid == 1);
+    first.min_by_key(|process| process.inner_pid).or(container)
 }
 
 /// CRIU and its helpers have the low pids of a fresh namespace.
