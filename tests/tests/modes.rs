@@ -58,6 +58,7 @@ fn counter(v6: bool) -> Workload {
         site: Site::A,
         service: SocketAddr::new(service, PORT),
         mode: Mode::Nat,
+        is_container: false,
     }
 }
 

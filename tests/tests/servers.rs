@@ -41,6 +41,7 @@ impl Place {
             site: Site::A,
             service,
             mode: Mode::Nat,
+            is_container: false,
         };
         let hold =
             HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };

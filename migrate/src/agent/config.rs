@@ -92,7 +92,8 @@ struct RawCgroup {
 }
 
 /// Why containers of daemons and of other programs are not taken.
-const NOT_HELD: &str = "containers of podman and Docker are not moved (the README says why): export a bundle, and write `runc`";
+const NOT_HELD: &str =
+    "containers of podman and Docker are not moved (the README says why): export a bundle, and write `runc`";
 
 /// What a host needs to stay usable.
 fn spare_memory_mib() -> u64 {
@@ -332,7 +333,8 @@ impl RawWorkload {
                 return Err(at(key, NOT_HELD));
             }
         }
-        let Some(command) = self.command.clone().filter(|command| command.first().is_some_and(|it| !it.is_empty()))
+        let Some(command) =
+            self.command.clone().filter(|command| command.first().is_some_and(|it| !it.is_empty()))
         else {
             return Err(at("command", "a program and its arguments are meant (or `runc`, and a bundle)"));
         };
@@ -494,7 +496,8 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         }
         let one = &GOOD[GOOD.find("[[").unwrap()..];
         let other = one.replace("chat-1", "chat-2").replace("6379", "6380");
-        let two = format!("{GOOD}{other}").replace("command = [\"redis-server\"]", "runc = { bundle = \"/x\", container = \"c\" }");
+        let two = format!("{GOOD}{other}")
+            .replace("command = [\"redis-server\"]", "runc = { bundle = \"/x\", container = \"c\" }");
         let text = parse(&two).unwrap_err().to_string();
         assert!(text.contains("runc: container: the container is workload \"chat-1\"'s"), "{text}");
     }

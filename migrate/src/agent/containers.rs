@@ -30,6 +30,15 @@ impl Site {
         container.look().map(Some)
     }
 
+    /// Gets ready for a container that is to run here from now on, and fails where it could not; a process needs nothing.
+    pub async fn make_room(&self, workload: &Workload) -> Result<(), ContainerError> {
+        let Some(container) = workload.container() else { return Ok(()) };
+        self.check_container(workload)?;
+        // Of a former one that a killed agent left.
+        self.delete_container(container).await;
+        container.look_for_others()
+    }
+
     /// Starts CRIU for a dump or a restore, by itself or through the container's runtime; it waits to be told to begin.
     pub async fn start_criu(
         &self,

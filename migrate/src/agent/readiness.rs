@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use tokio::sync::OnceCell;
 
-use super::images::{Folder, ImagesError};
 use super::config::Workload;
+use super::images::{Folder, ImagesError};
 use super::site::Site;
 use crate::checks::hashes::Hashes;
 use crate::checks::problem::{Problem, Refused};

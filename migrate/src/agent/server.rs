@@ -161,7 +161,10 @@ impl From<SiteError> for Refusal {
     fn from(error: SiteError) -> Self {
         let status = match &error {
             SiteError::Unknown(..) => StatusCode::NOT_FOUND,
-            SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } | SiteError::Container(_) => StatusCode::CONFLICT,
+            SiteError::Busy(..)
+            | SiteError::Absent(..)
+            | SiteError::NoAddress { .. }
+            | SiteError::Container(_) => StatusCode::CONFLICT,
             SiteError::Address { .. } => StatusCode::BAD_REQUEST,
             SiteError::Start { .. }
             | SiteError::User(_)

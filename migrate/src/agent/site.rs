@@ -271,8 +271,7 @@ impl Site {
                 (holder, process.command.join(" "))
             }
             Kind::Runc(container) => {
-                self.check_container(workload)?;
-                self.delete_container(container).await;
+                self.make_room(workload).await?;
                 let holder = Holder::start(None, &self.kernel_cache()).await?;
                 self.run_container(name, container, holder.pid()).await?;
                 (holder, container.name.clone())

@@ -85,7 +85,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     give_up_former(site, name, id).await;
     site.check_absent(name)?;
     site.check_address(workload)?;
-    site.check_container(workload).map_err(SiteError::from)?;
+    site.make_room(workload).await.map_err(SiteError::from)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));

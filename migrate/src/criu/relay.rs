@@ -30,7 +30,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 
 use super::program::Program;
-use super::rpc::{Kind, Options, Request, Response, RuntimeRequest};
+use super::rpc::{self, Kind, Options, Request, Response, RuntimeRequest};
 use super::swrk::{self, Swrk, SwrkError};
 use crate::workload::enter::{self, IMAGES_FD, SOCKET_FD};
 use crate::workload::holder::HolderPid;
@@ -227,14 +227,17 @@ impl Relay {
         if request.kind() != kind {
             return Err(SwrkError::Failed(format!("runc asks for {:?} instead of {kind:?}", request.kind())));
         }
-        Ok(Self { kind, socket, criu, options: request.options.unwrap_or_default(), question: None })
+        let options = rpc::without(&request.options.unwrap_or_default(), rpc::FREEZE_CGROUP);
+        let options = options.ok_or_else(|| SwrkError::Failed("runc's request makes no sense".to_owned()))?;
+        Ok(Self { kind, socket, criu, options, question: None })
     }
 
     /// What the runtime has asked for, with options of ours: of two values of one option the last counts.
     pub fn request(&self, ours: &Options) -> Vec<u8> {
         let mut options = self.options.clone();
         ours.encode(&mut options).expect("a vector grows");
-        RuntimeRequest { kind: self.kind.into(), options: Some(options), notify_success: None }.encode_to_vec()
+        RuntimeRequest { kind: self.kind.into(), options: Some(options), notify_success: None }
+            .encode_to_vec()
     }
 
     /// Waits until CRIU is gone.

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::processes::{self, Process};
+
 /// The bundle's description of its container.
 const CONFIG: &str = "config.json";
 /// The agent's own network namespace.
@@ -36,6 +38,17 @@ pub enum ContainerError {
     /// No root file system.
     #[error("the bundle's root file system {} is not a folder", .0.display())]
     NoRoot(PathBuf),
+    /// Somebody else's container, most likely.
+    #[error(
+        "the container's control group {group:?} is taken by pid {pid}: stop what runs there, or set another `container` \
+         (or `linux.cgroupsPath` in the bundle)"
+    )]
+    Taken {
+        /// The group.
+        group: String,
+        /// Who is in it.
+        pid: i32,
+    },
     /// Something in it that cannot be moved.
     #[error("{}: {key}: {problem}", .file.display())]
     Value {
@@ -60,13 +73,13 @@ pub struct Container {
 /// The parts of config.json that count here (the OCI's runtime specification 1.0).
 #[derive(Debug, Deserialize)]
 struct Config {
-    process: Option<Process>,
+    process: Option<Program>,
     root: Root,
     linux: Option<Linux>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Process {
+struct Program {
     #[serde(default)]
     terminal: bool,
 }
@@ -78,6 +91,8 @@ struct Root {
 
 #[derive(Debug, Default, Deserialize)]
 struct Linux {
+    #[serde(rename = "cgroupsPath")]
+    cgroup: Option<String>,
     #[serde(default)]
     namespaces: Vec<Namespace>,
 }
@@ -90,12 +105,30 @@ struct Namespace {
 }
 
 impl Container {
+    fn file(&self) -> PathBuf {
+        self.bundle.join(CONFIG)
+    }
+
+    fn config(&self) -> Result<Config, ContainerError> {
+        let file = self.file();
+        let text = std::fs::read(&file).map_err(|error| ContainerError::Read(file.clone(), error))?;
+        serde_json::from_slice(&text).map_err(|error| ContainerError::Json(file, error))
+    }
+
+    /// Fails where there is somebody in the container's control group, which is a new one's alone.
+    pub fn look_for_others(&self) -> Result<(), ContainerError> {
+        let configured = self.config()?.linux.and_then(|linux| linux.cgroup);
+        let group = configured.unwrap_or_else(|| format!("/{}", self.name));
+        match processes::all().find(|pid| is_in_group(*pid, &group)) {
+            Some(pid) => Err(ContainerError::Taken { group, pid }),
+            None => Ok(()),
+        }
+    }
+
     /// Looks whether the bundle is here and can be moved; gives its root file system's folder.
     pub fn look(&self) -> Result<PathBuf, ContainerError> {
-        let file = self.bundle.join(CONFIG);
-        let text = std::fs::read(&file).map_err(|error| ContainerError::Read(file.clone(), error))?;
-        let config: Config =
-            serde_json::from_slice(&text).map_err(|error| ContainerError::Json(file.clone(), error))?;
+        let file = self.file();
+        let config = self.config()?;
         let wrong = |key, problem| Err(ContainerError::Value { file: file.clone(), key, problem });
         let Some(process) = config.process else {
             return wrong("process", "the program to run is missing");
@@ -125,6 +158,14 @@ impl Container {
         let root = self.bundle.join(config.root.path);
         if root.is_dir() { Ok(root) } else { Err(ContainerError::NoRoot(root)) }
     }
+}
+
+/// cgroups(7): a line is `NUMBER:CONTROLLERS:PATH`. runc puts a group below its own.
+fn is_in_group(pid: i32, group: &str) -> bool {
+    let lines = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let mut paths = lines.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+    paths.any(|path| Path::new(path).ends_with(group.trim_start_matches('/')))
+        && Process::read(pid).is_some_and(|process| process.is_alive())
 }
 
 fn is_own_network(path: &Path) -> bool {
@@ -182,8 +223,7 @@ impl Runtime {
 
     /// Makes a container of them again.
     pub fn restore(&self, container: &Container, images: &Path) -> Vec<OsString> {
-        let mut words =
-            self.words(container, &["restore", "--detach", "--tcp-established", "--file-locks"]);
+        let mut words = self.words(container, &["restore", "--detach", "--tcp-established", "--file-locks"]);
         words.extend(no_pivot());
         words.extend(images_at(images));
         words.extend([OsString::from("--bundle"), container.bundle.clone().into()]);

@@ -39,6 +39,12 @@ pub fn start_ticks(pid: i32) -> Option<u64> {
     parse_start_ticks(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// All processes of this host.
+pub fn all() -> impl Iterator<Item = i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
 /// The children of a process, as this host counts.
 pub fn children(pid: i32) -> Vec<i32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
@@ -64,19 +70,17 @@ pub fn descendants(pid: i32) -> Vec<i32> {
 /// below it.
 pub fn in_namespace_of(pid: i32) -> Vec<i32> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let (Some(wanted), Ok(all)) = (namespace(pid), std::fs::read_dir("/proc")) else { return Vec::new() };
-    let inside: Vec<i32> = all
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|other| *other != pid && namespace(*other).as_ref() == Some(&wanted))
-        .collect();
+    let Some(wanted) = namespace(pid) else { return Vec::new() };
+    let inside: Vec<i32> =
+        all().filter(|other| *other != pid && namespace(*other).as_ref() == Some(&wanted)).collect();
     // The first process of a namespace below has its parent in here.
-    let mut all = inside.clone();
+    let mut with_those_below = inside.clone();
     for pid in inside.into_iter().chain([pid]).flat_map(descendants) {
-        if !all.contains(&pid) {
-            all.push(pid);
+        if !with_those_below.contains(&pid) {
+            with_those_below.push(pid);
         }
     }
-    all
+    with_those_below
 }
 
 /// Waits until a process has ended; false if it has not within `limit`.

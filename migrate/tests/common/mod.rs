@@ -98,10 +98,6 @@ pub struct Options {
     pub config_at_b: String,
     /// Further lines of the workload's configuration, at each site.
     pub workload: [String; 2],
-    /// The workload is a container, as each site's configuration names it.
-    pub runc: Option<[String; 2]>,
-    /// It is not started.
-    pub is_absent: bool,
     pub ipv6: bool,
     /// The agents' CRIU, if not the default.
     pub criu: Option<String>,
@@ -204,14 +200,6 @@ impl Lab {
         })
     }
 
-    /// What the workload is, as an agent's configuration has it.
-    fn what(&self, at: At) -> String {
-        match &self.options.runc {
-            Some(runc) => format!("runc = {}", runc[at as usize]),
-            None => format!("command = {:?}\ndir = {:?}", self.command(), self.dir),
-        }
-    }
-
     pub fn log(&self, at: At) -> String {
         std::fs::read_to_string(self.dir.join(format!("agent-{}.log", at.name()))).unwrap_or_default()
     }
@@ -220,7 +208,7 @@ impl Lab {
         let config = self.dir.join(format!("agent-{}.toml", at.name()));
         let text = format!(
             "site = {:?}\nlisten = \"{}\"\nstate_dir = {:?}\n{}{}{}[[workloads]]\nname = {BACKEND:?}\n\
-             address = \"{}\"\nprotocol = \"tcp\"\n{}\nstart = {}\n{}",
+             address = \"{}\"\nprotocol = \"tcp\"\ncommand = {:?}\ndir = {:?}\nstart = {}\n{}",
             at.name(),
             at.host(),
             self.dir.join(format!("state-{}", at.name())),
@@ -228,8 +216,9 @@ impl Lab {
             if at == At::B { &self.options.config_at_b } else { "" },
             section(&self.certificates.1[at as usize]),
             self.address,
-            self.what(at),
-            at == At::A && !self.options.is_absent,
+            self.command(),
+            self.dir,
+            at == At::A,
             self.options.workload[at as usize],
         );
         std::fs::write(&config, text).unwrap();

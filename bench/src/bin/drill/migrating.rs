@@ -168,6 +168,7 @@ fn workload(scenario: Scenario, lab: &Lab) -> anyhow::Result<Workload> {
         site: Site::A,
         service: SocketAddr::from((address::VIRTUAL4, port)),
         mode: Mode::Nat,
+        is_container: false,
     })
 }
 

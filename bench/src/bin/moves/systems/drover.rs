@@ -57,6 +57,7 @@ impl Placed {
             site: Site::A,
             service: SocketAddr::from((address::VIRTUAL4, PORT)),
             mode: Mode::Nat,
+            is_container: false,
         };
         let hold =
             HoldOptions { deadline_ms: Some(HOLD_MS), max_age_ms: Some(HOLD_MS), ..HoldOptions::default() };
