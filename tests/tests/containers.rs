@@ -5,10 +5,12 @@
 
 mod drill;
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 
 use lab::stack::{Stack, StackOptions, Workload};
-use lab::{Lab, Site, installed};
+use lab::{Lab, Site, bundle, installed};
 use serde_json::{Value, json};
 
 use drill::{Drill, LIMIT, large};
@@ -88,11 +90,6 @@ fn an_agent_that_dies_in_a_containers_move_loses_nothing() {
 fn what_a_container_needs_is_looked_for_before_anything_is_held() {
     let lab = Lab::new().unwrap();
     let workload = container();
-    let other = lab.dir().join("other");
-    std::fs::copy(installed("redis-server").unwrap(), &other).unwrap();
-    std::io::Write::write_all(&mut std::fs::File::options().append(true).open(&other).unwrap(), b"x")
-        .unwrap();
-    // The place of the program can only be covered once it is there.
     let config = workload.bundle(&lab, Site::B).join("config.json");
     let mut drill =
         Drill::within(lab, StackOptions { workloads: vec![workload.clone()], ..StackOptions::default() });
@@ -113,9 +110,11 @@ fn what_a_container_needs_is_looked_for_before_anything_is_held() {
     std::fs::write(&config, text.replace(root.to_str().unwrap(), elsewhere.to_str().unwrap())).unwrap();
     refused(&drill, "is not a folder");
     std::fs::create_dir(&elsewhere).unwrap();
-    refused(&drill, "server\\\" cannot be had there");
-    std::fs::copy(other, elsewhere.join("server")).unwrap();
-    refused(&drill, "server\\\" has");
+    refused(&drill, "libc.so.6\" cannot be had there");
+    bundle::fill_root(&elsewhere, &installed("redis-server").unwrap()).unwrap();
+    let mut program = File::options().append(true).open(elsewhere.join("server")).unwrap();
+    program.write_all(b"x").unwrap();
+    refused(&drill, "server\" has");
     std::fs::write(&config, &text).unwrap();
 
     let agent = drill.stack.config_path("agent-fra");

@@ -48,6 +48,10 @@ const SOCKET: &str = "relay.sock";
 const WORD: &[u8] = b"x";
 /// runc asks for CRIU's version, prepares mounts and then asks for what it was called for.
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// runc writes a small file at most.
+const ASK_LIMIT: Duration = Duration::from_secs(3);
+/// Hooks that runc has no use for, and the load balancer has decided about when they are answered.
+const NOT_RUNCS: [&str; 2] = ["pre-resume", "post-resume"];
 /// runc looks at what is in here when it restores: what the container's first three descriptors are.
 const DESCRIPTORS: (&str, &str) = ("descriptors.json", r#"["/dev/null","/dev/null","/dev/null"]"#);
 
@@ -258,19 +262,24 @@ impl Relay {
     /// Asks the runtime CRIU's last question and gives its answer.
     pub async fn ask(&mut self) -> bool {
         let Some(question) = self.question.take() else { return true };
+        let script = question.notify.as_ref().and_then(|notify| notify.script.as_deref());
+        if script.is_some_and(|script| NOT_RUNCS.contains(&script)) {
+            return true;
+        }
         let ask = async {
             swrk::send(&self.socket, &question.encode_to_vec()).await?;
             let answer = swrk::receive(&self.socket).await?;
-            Ok::<_, SwrkError>(Request::decode(&answer[..]).map_err(SwrkError::Message)?)
+            Request::decode(&answer[..]).map_err(SwrkError::Message)
         };
-        match ask.await {
-            Ok(answer) => answer.notify_success == Some(true),
-            Err(error) => {
-                tracing::warn!(error = crate::client::chain(&error), "runc does not answer CRIU");
-                // What is dumped is known to the agent; what is restored has to be known to runc, too.
-                self.kind == Kind::Dump
+        match tokio::time::timeout(ASK_LIMIT, ask).await {
+            Ok(Ok(answer)) => return answer.notify_success == Some(true),
+            Ok(Err(error)) => {
+                tracing::warn!(script, error = crate::client::chain(&error), "runc does not answer CRIU");
             }
+            Err(_) => tracing::warn!(script, "runc does not answer CRIU within {ASK_LIMIT:?}"),
         }
+        // What is dumped is known to the agent; what is restored has to be known to runc, too.
+        self.kind == Kind::Dump
     }
 }
 
@@ -279,26 +288,30 @@ mod tests {
     use super::*;
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        let (ours, theirs) = swrk::socket_pair().unwrap();
-        (ours, theirs)
+        swrk::socket_pair().unwrap()
     }
 
-    async fn relay(runc: &OwnedFd, socket: OwnedFd, options: &Options) -> Relay {
+    fn question(script: &str) -> Response {
+        let notify = Some(super::super::rpc::Notify { script: Some(script.to_owned()), pid: Some(3) });
+        Response { kind: Kind::Notify.into(), success: true, notify, ..Response::default() }
+    }
+
+    async fn relay(kind: Kind, runc: &OwnedFd, socket: OwnedFd, options: &Options) -> Relay {
         let request = RuntimeRequest {
-            kind: Kind::Dump.into(),
+            kind: kind.into(),
             options: Some(options.encode_to_vec()),
             notify_success: None,
         };
         nix::sys::socket::send(runc.as_raw_fd(), &request.encode_to_vec(), MsgFlags::empty()).unwrap();
         let me = sys::pidfd_open(std::process::id().cast_signed()).unwrap();
-        Relay::new(Kind::Dump, socket, me).await.unwrap()
+        Relay::new(kind, socket, me).await.unwrap()
     }
 
     #[tokio::test]
     async fn our_options_stand_behind_runcs() {
         let (runc, socket) = pair();
         let theirs = Options { pid: Some(7), log_level: 4, network_lock: Some(1), ..Options::default() };
-        let relay = relay(&runc, socket, &theirs).await;
+        let relay = relay(Kind::Dump, &runc, socket, &theirs).await;
         let ours = Options { images_dir_fd: -1, log_level: 2, network_lock: Some(3), ..Options::default() };
         let request = Request::decode(&relay.request(&ours)[..]).unwrap();
         assert_eq!(request.kind(), Kind::Dump);
@@ -308,14 +321,8 @@ mod tests {
     #[tokio::test]
     async fn a_yes_is_runcs_to_give_and_a_dump_goes_on_without_it() {
         let (runc, socket) = pair();
-        let mut relay = relay(&runc, socket, &Options::default()).await;
-        let notify = super::super::rpc::Notify { script: Some("post-dump".into()), pid: Some(3) };
-        let question = Response {
-            kind: Kind::Notify.into(),
-            success: true,
-            notify: Some(notify),
-            ..Response::default()
-        };
+        let mut relay = relay(Kind::Dump, &runc, socket, &Options::default()).await;
+        let question = question("post-dump");
         for said in [true, false] {
             relay.heard(&question).await;
             let answer =
@@ -328,6 +335,17 @@ mod tests {
         }
         relay.heard(&question).await;
         drop(runc);
+        assert!(relay.ask().await);
+    }
+
+    #[tokio::test]
+    async fn a_restore_needs_runc_until_it_has_written_down_what_was_restored() {
+        let (runc, socket) = pair();
+        let mut relay = relay(Kind::Restore, &runc, socket, &Options::default()).await;
+        drop(runc);
+        relay.heard(&question("post-restore")).await;
+        assert!(!relay.ask().await);
+        relay.heard(&question("pre-resume")).await;
         assert!(relay.ask().await);
     }
 
