@@ -38,6 +38,7 @@ enum Command {
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     runc = "runc"                      # optional: the program that runs containers
     ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
@@ -62,6 +63,11 @@ enum Command {
     ///     path = "drover/chat-1"             # below the root of the host's hierarchies, of version 1 or 2
     ///     memory_max_mib = 512               # optional
     ///     pids_max = 100                     # optional; threads count too
+    ///     [[workloads]]                      # a container of runc's, instead of a program
+    ///     name = "chat-2"
+    ///     address = "10.1.0.2:6379"
+    ///     protocol = "tcp"
+    ///     runc = { bundle = "/srv/chat-2" }  # optional: container = "NAME", by default the workload's
     #[command(verbatim_doc_comment)]
     Agent {
         /// The agent's configuration.

@@ -92,8 +92,8 @@ struct RawCgroup {
 }
 
 /// Why containers of daemons and of other programs are not taken.
-const NOT_HELD: &str =
-    "containers of podman and Docker are not moved (the README says why): export a bundle, and write `runc`";
+const NOT_HELD: &str = "its containers are not moved, since a monitor or daemon outside of the container keeps acting on \
+                        it (see the README): export it as an OCI bundle, and write runc = { bundle = \"/PATH\" }";
 
 /// What a host needs to stay usable.
 fn spare_memory_mib() -> u64 {

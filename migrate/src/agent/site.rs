@@ -8,7 +8,8 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::config::{self, Config, Kind, Workload};
 use super::containers;
@@ -25,7 +26,7 @@ use crate::workload::cgroup::CgroupError;
 use crate::workload::container::{ContainerError, Runtime};
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
 use crate::workload::processes::{self, Process};
-use crate::workload::record::{Records, root_of};
+use crate::workload::record::{self, Records, root_of};
 use crate::workload::sys;
 use crate::workload::user::{Identity, UserError};
 
@@ -205,6 +206,12 @@ impl Site {
         let until = std::time::Instant::now() + SEEN_LIMIT;
         while root_of(holder).is_some_and(|root| root.tracer != 0) && std::time::Instant::now() < until {
             tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        for helper in record::stopped_helpers(holder) {
+            // It was stopped with the workload that it had just restored, and would not let go of it, or drop it.
+            tracing::info!(workload = name, pid = helper.pid, "a helper that a former agent left is ended");
+            let _ = kill(Pid::from_raw(helper.pid), Signal::SIGKILL);
+            processes::wait_end(helper.pid, SEEN_LIMIT).await;
         }
         if root_of(holder).is_none() {
             tracing::warn!(workload = name, "the workload's processes are gone; what is left is removed");

@@ -337,6 +337,10 @@ impl Driver {
                 });
             }
             Command::Lift => {
+                if self.swrk.is_none() && matches!(state, State::Resuming { .. }) {
+                    // A CRIU that was killed has left them in repair mode.
+                    repair::reconnect(self.holder.pid);
+                }
                 let silence = self.silence.clone();
                 self.change_rules(async move { silence.lift().await }, |done| {
                     if let Err(error) = done {

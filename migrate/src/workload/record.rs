@@ -90,6 +90,17 @@ pub fn root_of(holder: HolderPid) -> Option<Process> {
     first.min_by_key(|process| process.inner_pid).or(container)
 }
 
+/// CRIU and a container's runtime, where they were stopped together with what they had just restored.
+pub fn stopped_helpers(holder: HolderPid) -> Vec<Process> {
+    let Some(depth) = Process::read(holder.pid).map(|process| process.depth) else { return Vec::new() };
+    let kept = processes::descendants(holder.pid);
+    let inside = processes::in_namespace_of(holder.pid).into_iter().filter(|pid| !kept.contains(pid));
+    let is_one = |process: &Process| {
+        process.depth == depth && process.state == 'T' && process.inner_pid < FIRST_DUMPED_PID
+    };
+    inside.filter_map(Process::read).filter(is_one).collect()
+}
+
 /// CRIU and its helpers have the low pids of a fresh namespace.
 const FIRST_DUMPED_PID: i32 = super::holder::FIRST_WORKLOAD_PID as i32;
 
