@@ -52,11 +52,16 @@ impl Site {
             return Swrk::start(&self.criu, holder, cgroups, images);
         };
         self.runtime.forget_complaints(container);
+        let record = self.runtime.record(container);
         let argv = match kind {
             Kind::Restore => self.runtime.restore(container, images),
-            _ => self.runtime.checkpoint(container, images),
+            _ => {
+                record.give_back().map_err(SwrkError::Start)?;
+                self.runtime.checkpoint(container, images)
+            }
         };
-        let call = Call { kind, argv, programs: self.runtime.programs(), holder, criu: &self.criu, images };
+        let programs = self.runtime.programs();
+        let call = Call { kind, argv, programs, record, holder, criu: &self.criu, images };
         call.start(|| self.runtime.complaint(container)).await
     }
 
@@ -78,6 +83,7 @@ impl Site {
 
     /// Makes runc forget a container that is not here any more.
     pub(super) async fn delete_container(&self, container: &Container) {
+        self.runtime.record(container).remove();
         let words: Vec<OsString> = self.runtime.delete(container);
         let Some((program, args)) = words.split_first() else { return };
         if !status(tokio::process::Command::new(program).args(args)).await.unwrap_or(false) {

@@ -32,6 +32,7 @@ use tokio::net::UnixListener;
 use super::program::Program;
 use super::rpc::{self, Kind, Options, Request, Response, RuntimeRequest};
 use super::swrk::{self, Swrk, SwrkError};
+use crate::workload::container::Record;
 use crate::workload::enter::{self, IMAGES_FD, SOCKET_FD};
 use crate::workload::holder::HolderPid;
 use crate::workload::sys;
@@ -52,6 +53,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const ASK_LIMIT: Duration = Duration::from_secs(3);
 /// Hooks that runc has no use for, and the load balancer has decided about when they are answered.
 const NOT_RUNCS: [&str; 2] = ["pre-resume", "post-resume"];
+/// The hook at which it writes down what was restored.
+const RECORDED: &str = "post-restore";
 /// runc looks at what is in here when it restores: what the container's first three descriptors are.
 const DESCRIPTORS: (&str, &str) = ("descriptors.json", r#"["/dev/null","/dev/null","/dev/null"]"#);
 
@@ -141,6 +144,8 @@ pub struct Call<'a> {
     pub argv: Vec<OsString>,
     /// The folder with the `criu` that it is to find first.
     pub programs: PathBuf,
+    /// What it writes down of the container.
+    pub record: Record,
     /// Inside of which namespaces it runs.
     pub holder: HolderPid,
     /// CRIU.
@@ -156,6 +161,7 @@ impl Call<'_> {
         let failed = |why: Option<String>| {
             SwrkError::Failed(format!("runc: {}", why.as_deref().unwrap_or("it ended without saying why")))
         };
+        let images = self.images;
         let (ours, theirs) = swrk::socket_pair()?;
         let folder = File::open(self.images).map_err(SwrkError::Start)?;
         swrk::write_config(self.images).map_err(SwrkError::Start)?;
@@ -177,8 +183,8 @@ impl Call<'_> {
         };
         drop(theirs);
         let (socket, criu) = handed;
-        let relay = Relay::new(self.kind, socket, criu).await?;
-        Swrk::behind(relay, ours, runtime, self.images)
+        let relay = Relay::new(self.kind, self.record, socket, criu).await?;
+        Swrk::behind(relay, ours, runtime, images)
     }
 
     fn spawn(&self) -> io::Result<tokio::process::Child> {
@@ -213,6 +219,7 @@ async fn receive(
 #[derive(Debug)]
 pub struct Relay {
     kind: Kind,
+    record: Record,
     socket: AsyncFd<OwnedFd>,
     /// Readable when CRIU is gone.
     criu: AsyncFd<OwnedFd>,
@@ -223,7 +230,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    async fn new(kind: Kind, socket: OwnedFd, criu: OwnedFd) -> Result<Self, SwrkError> {
+    async fn new(kind: Kind, record: Record, socket: OwnedFd, criu: OwnedFd) -> Result<Self, SwrkError> {
         let socket = swrk::register(socket)?;
         let criu = sys::register(criu).map_err(SwrkError::Start)?;
         let request = swrk::receive(&socket).await?;
@@ -233,7 +240,7 @@ impl Relay {
         }
         let options = rpc::without(&request.options.unwrap_or_default(), rpc::FREEZE_CGROUP);
         let options = options.ok_or_else(|| SwrkError::Failed("runc's request makes no sense".to_owned()))?;
-        Ok(Self { kind, socket, criu, options, question: None })
+        Ok(Self { kind, record, socket, criu, options, question: None })
     }
 
     /// What the runtime has asked for, with options of ours: of two values of one option the last counts.
@@ -272,7 +279,14 @@ impl Relay {
             Request::decode(&answer[..]).map_err(SwrkError::Message)
         };
         match tokio::time::timeout(ASK_LIMIT, ask).await {
-            Ok(Ok(answer)) => return answer.notify_success == Some(true),
+            Ok(Ok(answer)) => {
+                if script == Some(RECORDED)
+                    && let Err(error) = self.record.save()
+                {
+                    tracing::warn!(%error, "there is no copy of runc's record of the container");
+                }
+                return answer.notify_success == Some(true);
+            }
             Ok(Err(error)) => {
                 tracing::warn!(script, error = crate::client::chain(&error), "runc does not answer CRIU");
             }
@@ -286,9 +300,15 @@ impl Relay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workload::container::{Container, Runtime};
 
     fn pair() -> (OwnedFd, OwnedFd) {
         swrk::socket_pair().unwrap()
+    }
+
+    fn record() -> Record {
+        let container = Container { bundle: "/nonexistent".into(), name: "chat".into() };
+        Runtime::new(Path::new("runc"), "/nonexistent".into()).record(&container)
     }
 
     fn question(script: &str) -> Response {
@@ -304,7 +324,7 @@ mod tests {
         };
         nix::sys::socket::send(runc.as_raw_fd(), &request.encode_to_vec(), MsgFlags::empty()).unwrap();
         let me = sys::pidfd_open(std::process::id().cast_signed()).unwrap();
-        Relay::new(kind, socket, me).await.unwrap()
+        Relay::new(kind, record(), socket, me).await.unwrap()
     }
 
     #[tokio::test]

@@ -15,6 +15,8 @@ use super::processes::{self, Process};
 
 /// The bundle's description of its container.
 const CONFIG: &str = "config.json";
+/// runc's record of a container.
+const STATE: &str = "state.json";
 /// The agent's own network namespace.
 const OWN_NETWORK: &str = "/proc/self/ns/net";
 /// statfs(2): a ramfs or tmpfs as the root file system, out of which pivot_root(2) does not lead.
@@ -238,6 +240,19 @@ impl Runtime {
         words
     }
 
+    /// What runc knows of a container: its own record, and our copy of it. A runc that finds CRIU or the agent gone in the
+    /// last moments of a restore forgets the container, which lives.
+    pub fn record(&self, container: &Container) -> Record {
+        Record {
+            own: self.containers().join(&container.name).join(STATE),
+            copy: self.folder.join(format!("{}.{STATE}", container.name)),
+        }
+    }
+
+    fn containers(&self) -> PathBuf {
+        self.folder.join("containers")
+    }
+
     /// Why the last command for a container failed, in runc's words.
     pub fn complaint(&self, container: &Container) -> Option<String> {
         complaint_in(&std::fs::read_to_string(self.log(container)).ok()?)
@@ -255,10 +270,39 @@ impl Runtime {
 
     fn words(&self, container: &Container, command: &[&str]) -> Vec<OsString> {
         let mut words = vec![self.program.clone().into(), "--root".into()];
-        words.push(self.folder.join("containers").into());
+        words.push(self.containers().into());
         words.extend(["--log".into(), self.log(container).into(), "--log-format".into(), "json".into()]);
         words.extend(command.iter().map(OsString::from));
         words
+    }
+}
+
+/// See [`Runtime::record`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    own: PathBuf,
+    copy: PathBuf,
+}
+
+impl Record {
+    /// Takes the copy.
+    pub fn save(&self) -> io::Result<()> {
+        std::fs::copy(&self.own, &self.copy).map(drop)
+    }
+
+    /// Gives runc its record back, if it has none.
+    pub fn give_back(&self) -> io::Result<()> {
+        if self.own.exists() || !self.copy.exists() {
+            return Ok(());
+        }
+        self.own.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+        std::fs::copy(&self.copy, &self.own).map(drop)
+    }
+
+    /// Removes the copy.
+    pub fn remove(&self) {
+        // One that is not there is removed.
+        let _ = std::fs::remove_file(&self.copy);
     }
 }
 
@@ -336,6 +380,31 @@ mod tests {
         }
         runtime("sh").look().unwrap();
         runtime("/bin/sh").look().unwrap();
+    }
+
+    #[test]
+    fn runc_gets_its_record_back_once_it_has_lost_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let container = Container { bundle: "/srv".into(), name: "chat".into() };
+        let record = Runtime::new(Path::new("runc"), folder.path().to_owned()).record(&container);
+        record.give_back().unwrap();
+        assert!(!record.own.exists() && record.save().is_err());
+        let own = record.own.parent().unwrap();
+        for content in ["one", "two"] {
+            std::fs::create_dir_all(own).unwrap();
+            std::fs::write(&record.own, content).unwrap();
+            record.save().unwrap();
+            std::fs::remove_dir_all(own).unwrap();
+            record.give_back().unwrap();
+            assert_eq!(std::fs::read_to_string(&record.own).unwrap(), content);
+        }
+        std::fs::write(&record.own, "three").unwrap();
+        record.give_back().unwrap();
+        assert_eq!(std::fs::read_to_string(&record.own).unwrap(), "three");
+        record.remove();
+        std::fs::remove_dir_all(own).unwrap();
+        record.give_back().unwrap();
+        assert!(!record.own.exists());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
+use lab::bundle::{self, Bundle};
 use lab::process::Process;
 use lab::{Lab, Site, address, processors, wait_for};
 use migrate::criu::program::Program;
