@@ -95,8 +95,11 @@ fn remove_cgroups(id: &LabId) {
     for root in roots.chain([CGROUPS.into()]) {
         let groups = names(&root).unwrap_or_default().into_iter();
         for group in groups.filter(|name| LabId::from_name(name).as_ref() == Some(id)) {
-            // One that an agent removes at this moment is gone.
-            let _ = fs::remove_dir(root.join(group));
+            let group = root.join(group);
+            // Tasks that were killed leave it a moment later.
+            if wait_for(KILL_LIMIT, || absent_is_fine(fs::remove_dir(&group)).ok()).is_none() {
+                eprintln!("lab {id}: the control group {} stays", group.display());
+            }
         }
     }
 }
