@@ -14,6 +14,7 @@ use migrate::agent::door::Door;
 use migrate::agent::server;
 use migrate::agent::site::Site;
 use migrate::client::AgentAt;
+use migrate::criu::relay;
 use migrate::memory::pager;
 use migrate::tls::Files;
 use migrate::workload::enter::{self, What};
@@ -41,6 +42,7 @@ enum Command {
     ///     listen = "10.2.1.1:7401"           # reachable by the load balancer and the other sites' agents
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
+    ///     runc = "runc"                      # optional: the program that runs containers
     ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
@@ -67,6 +69,11 @@ enum Command {
     ///     path = "drover/chat-1"             # below the root of the host's hierarchies, of version 1 or 2
     ///     memory_max_mib = 512               # optional
     ///     pids_max = 100                     # optional; threads count too
+    ///     [[workloads]]                      # a container of runc's, instead of a program
+    ///     name = "chat-2"
+    ///     address = "10.1.0.2:6379"
+    ///     protocol = "tcp"
+    ///     runc = { bundle = "/srv/chat-2" }  # optional: container = "NAME", by default the workload's
     #[command(verbatim_doc_comment)]
     Agent {
         /// The agent's configuration.
@@ -132,6 +139,10 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum EnterWhat {
+    Runtime {
+        #[arg(last = true)]
+        argv: Vec<String>,
+    },
     Criu {
         #[arg(last = true)]
         argv: Vec<String>,
@@ -149,6 +160,11 @@ enum EnterWhat {
 }
 
 fn main() -> ExitCode {
+    if relay::is_called() {
+        let Err(error) = relay::become_criu();
+        eprintln!("migrate, in the place of CRIU: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let done = match Cli::parse().command {
         Command::Agent { config } => agent(&config).map(|()| 0),
         Command::Pki(pki) => pki.run().map(|()| 0),
@@ -165,6 +181,7 @@ fn main() -> ExitCode {
             enter::launch(&dir, log.as_deref(), user, &argv).map(|()| 0)
         }
         Command::Enter { holder, cgroup, what } => match what {
+            EnterWhat::Runtime { argv } => enter::run(holder, &cgroup, &What::Runtime, &argv),
             EnterWhat::Criu { argv } => enter::run(holder, &cgroup, &What::Criu, &argv),
             EnterWhat::Workload { dir, log, user, argv } => {
                 enter::run(holder, &cgroup, &What::Workload { dir, log, user }, &argv)

@@ -20,6 +20,7 @@
 //! Tests that use the lab are in this package's `tests/` and in the packages they test.
 
 pub mod address;
+pub mod bundle;
 mod error;
 pub mod http;
 mod lab_id;
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 pub use error::LabError;
 pub use namespace::Namespace;
-pub use programs::program;
+pub use programs::{installed, program};
 pub use remains::sweep;
 
 use lab_id::LabId;

@@ -1,4 +1,4 @@
-//! Where our own programs are: beside the one that runs.
+//! Where programs are: our own beside the one that runs.
 
 use std::path::PathBuf;
 
@@ -19,4 +19,12 @@ pub fn program(name: &str) -> Result<PathBuf, LabError> {
     let package = if name == "drill" { "bench" } else { name }.to_owned();
     let flags = if folder.ends_with("release") { " --release" } else { "" };
     Err(LabError::NotBuilt { path, package, flags })
+}
+
+/// Finds an installed program: by its path, or in the folders of `PATH`.
+pub fn installed(name: &str) -> Result<PathBuf, LabError> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|folder| folder.join(name));
+    let absent = || LabError::io(format!("find {name} in PATH"))(std::io::ErrorKind::NotFound.into());
+    places.find(|place| place.is_file()).ok_or_else(absent)
 }

@@ -19,6 +19,8 @@ use crate::error::LabError;
 use crate::lab_id::{BPFFS, LabId, NAMESPACES, SCRATCH};
 use crate::wait_for;
 
+/// Where control groups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to be gone; a process deep in a system call needs its time.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -78,10 +80,27 @@ pub(crate) fn remove(id: &LabId) {
             complain(&path, &error);
         }
     }
+    remove_cgroups(id);
     let dir = id.dir();
     mounts_below(&dir).iter().for_each(|path| unmount(path));
     if let Err(error) = absent_is_fine(fs::remove_dir_all(&dir)) {
         complain(&dir, &error);
+    }
+}
+
+/// Removes the control groups of a lab's containers, of either version.
+fn remove_cgroups(id: &LabId) {
+    let roots =
+        names(Path::new(CGROUPS)).unwrap_or_default().into_iter().map(|name| Path::new(CGROUPS).join(name));
+    for root in roots.chain([CGROUPS.into()]) {
+        let groups = names(&root).unwrap_or_default().into_iter();
+        for group in groups.filter(|name| LabId::from_name(name).as_ref() == Some(id)) {
+            let group = root.join(group);
+            // Tasks that were killed leave it a moment later.
+            if wait_for(KILL_LIMIT, || absent_is_fine(fs::remove_dir(&group)).ok()).is_none() {
+                eprintln!("lab {id}: the control group {} stays", group.display());
+            }
+        }
     }
 }
 

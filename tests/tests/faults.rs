@@ -71,7 +71,11 @@ struct Matrix {
 
 /// Breaks it at each of some steps in turn, under the same clients.
 fn column(victim: Victim, steps: &[&str], broken: Duration) {
-    let mut matrix = Matrix::new(victim, broken);
+    column_of(Workload::redis(1), victim, steps, broken);
+}
+
+fn column_of(workload: Workload, victim: Victim, steps: &[&str], broken: Duration) {
+    let mut matrix = Matrix::new(workload, victim, broken);
     for step in steps {
         let (outcome, took) = matrix.cell(step);
         println!("{step:<9} {victim:?}: {outcome} after {:.1} s", took.as_secs_f64());
@@ -81,11 +85,11 @@ fn column(victim: Victim, steps: &[&str], broken: Duration) {
 
 impl Matrix {
     /// A stack whose server is at its second site: the first migration of all is a case of its own.
-    fn new(victim: Victim, broken: Duration) -> Self {
+    fn new(workload: Workload, victim: Victim, broken: Duration) -> Self {
         let hold =
             HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
         let options = StackOptions {
-            workloads: vec![Workload::redis(1)],
+            workloads: vec![workload],
             hold,
             link: Some(Spec::default()),
             ..StackOptions::default()
@@ -304,6 +308,20 @@ fn criu_is_killed_at_the_target_at_each_step() {
 }
 
 #[test]
+fn the_agents_of_a_container_are_killed_at_each_step() {
+    for victim in [Victim::SourceAgent, Victim::TargetAgent] {
+        column_of(Workload::redis(1).in_container(), victim, &STEPS, BROKEN);
+    }
+}
+
+#[test]
+fn a_containers_criu_is_killed_at_each_step() {
+    for victim in [Victim::SourceCriu, Victim::TargetCriu] {
+        column_of(Workload::redis(1).in_container(), victim, &STEPS, BROKEN);
+    }
+}
+
+#[test]
 fn the_link_between_the_sites_is_cut_at_each_step() {
     column(Victim::SitesLink, &STEPS, BROKEN);
 }
@@ -340,7 +358,7 @@ fn a_daemon_that_is_cut_off_from_both_sites_for_long_comes_back() {
 
 #[test]
 fn an_operator_says_how_a_migration_ends_whose_target_never_answers_again() {
-    let mut matrix = Matrix::new(Victim::TargetAgent, Duration::ZERO);
+    let mut matrix = Matrix::new(Workload::redis(1), Victim::TargetAgent, Duration::ZERO);
     // Killed too late, its target has confirmed; then it is the next one's turn.
     for _ in 0..5 {
         let (from, to) = (matrix.at, matrix.at.other());

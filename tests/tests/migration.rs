@@ -11,7 +11,6 @@ mod player;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bench::driver::{self, Load, Source};
@@ -22,48 +21,8 @@ use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
 
-use drill::{Drill, LIMIT};
+use drill::{Drill, LIMIT, large};
 use player::Player;
-
-impl Drill {
-    fn new(workload: Workload) -> Self {
-        // A large server's move takes seconds where other tests take the processors; deadlines have tests of their own.
-        let hold =
-            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
-        Self::with(StackOptions { workloads: vec![workload], hold, ..StackOptions::default() })
-    }
-
-    /// The migration ended where it began, for the reason given.
-    fn rolled_back(&self, migration: &Value, why: &str) {
-        assert_eq!(migration["state"], "rolled_back", "{migration:#}");
-        let reason = migration["report"]["reason"].as_str().unwrap();
-        assert!(reason.to_lowercase().contains(why), "{reason:?} does not say {why:?}");
-        assert_eq!(self.backend()["location"], self.workload.site.name());
-        self.is_open();
-        self.goes_on();
-    }
-
-    /// Waits until every migration has come to its end: an open gate is not yet one.
-    fn nothing_runs(&self) {
-        wait_for(LIMIT, || {
-            let (_, migrations) = self.stack.admin("GET", "/v1/migrations", None).unwrap();
-            let mut all = migrations.as_array().unwrap().iter();
-            all.all(|migration| migration["state"] != "running").then_some(())
-        })
-        .expect("every migration ends");
-    }
-
-    /// Waits until a phase of a migration has begun.
-    fn reaches(&self, id: &str, phase: &str) {
-        let path = format!("/v1/migrations/{id}");
-        wait_for(LIMIT, || {
-            let (_, migration) = self.stack.admin("GET", &path, None).unwrap();
-            let phases = migration["phases"].as_array()?.clone();
-            (phases.iter().any(|reached| reached["name"] == phase)).then_some(())
-        })
-        .expect("the phase is reached");
-    }
-}
 
 #[test]
 fn a_server_moves_there_and_back_under_its_clients() {
@@ -96,6 +55,7 @@ fn arena(settings: &[(&str, &str)]) -> (Lab, Workload) {
         service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
         mode: lab::stack::Mode::Nat,
         memory: lab::stack::Memory::Auto,
+        is_container: false,
     };
     (lab, workload)
 }
@@ -226,7 +186,7 @@ fn a_program_that_is_not_at_the_target_is_found_before_anything_is_held() {
     std::fs::create_dir(&only_here).unwrap();
     let mut workload = Workload::redis(1);
     let program = only_here.join("redis-server");
-    std::fs::copy(redis_program(), &program).unwrap();
+    std::fs::copy(lab::installed("redis-server").unwrap(), &program).unwrap();
     workload.command[0] = program.display().to_string();
     let hidden = vec![(Site::B, only_here)];
     let drill =
@@ -238,11 +198,6 @@ fn a_program_that_is_not_at_the_target_is_found_before_anything_is_held() {
         assert!(phases.iter().all(|phase| phase["name"] != "hold"), "{phases:?}");
     }
     drill.must_be_whole();
-}
-
-fn redis_program() -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap();
-    std::env::split_paths(&path).map(|folder| folder.join("redis-server")).find(|path| path.exists()).unwrap()
 }
 
 #[test]
@@ -262,30 +217,10 @@ fn a_server_that_cannot_be_dumped_stays_where_it_is() {
     drill.must_be_whole();
 }
 
-/// A redis server with enough memory that its transfer takes a while.
-fn large() -> Workload {
-    let mut workload = Workload::redis(1);
-    workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
-    workload
-}
-
-fn fill(drill: &Drill) {
-    let (server, port) = (drill.workload.address.ip().to_string(), drill.workload.address.port().to_string());
-    let output = drill
-        .stack
-        .lab()
-        .site(Site::A)
-        .command("redis-cli")
-        .args(["-h", &server, "-p", &port, "DEBUG", "POPULATE", "200", "filler", "1000000"])
-        .output()
-        .unwrap();
-    assert!(output.status.success() && output.stdout.starts_with(b"OK"), "{output:?}");
-}
-
 #[test]
 fn a_target_agent_that_dies_ends_at_the_source_and_the_next_try_succeeds() {
     let mut drill = Drill::new(large());
-    fill(&drill);
+    drill.fill();
     for phase in ["freeze", "transfer"] {
         let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
         drill.reaches(&id, phase);
@@ -301,7 +236,7 @@ fn a_target_agent_that_dies_ends_at_the_source_and_the_next_try_succeeds() {
 #[test]
 fn a_deadline_that_passes_ends_at_the_source() {
     let drill = Drill::new(large());
-    fill(&drill);
+    drill.fill();
     let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
     drill.rolled_back(&migration, "deadline");
     drill.commits(Site::B);
@@ -311,7 +246,7 @@ fn a_deadline_that_passes_ends_at_the_source() {
 #[test]
 fn an_abort_ends_at_the_source() {
     let drill = Drill::new(large());
-    fill(&drill);
+    drill.fill();
     let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
     drill.reaches(&id, "freeze");
     let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
@@ -324,7 +259,7 @@ fn an_abort_ends_at_the_source() {
 #[test]
 fn one_backend_migrates_once_at_a_time() {
     let drill = Drill::new(large());
-    fill(&drill);
+    drill.fill();
     let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
     let body = json!({"backend": drill.name(), "to": Site::B.name()});
     let (status, problem) = drill.stack.admin("POST", "/v1/migrations", Some(&body)).unwrap();
@@ -378,7 +313,7 @@ fn a_daemon_killed_while_holding_goes_on_holding() {
 #[test]
 fn a_daemon_killed_in_a_migration_is_recovered_from() {
     let mut drill = Drill::new(large());
-    fill(&drill);
+    drill.fill();
     for phase in ["freeze", "transfer"] {
         let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
         drill.reaches(&id, phase);

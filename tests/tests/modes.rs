@@ -59,6 +59,7 @@ fn counter(v6: bool) -> Workload {
         service: SocketAddr::new(service, PORT),
         mode: Mode::Nat,
         memory: lab::stack::Memory::Auto,
+        is_container: false,
     }
 }
 

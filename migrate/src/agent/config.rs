@@ -10,6 +10,7 @@ use crate::decapsulator::config::{self as decapsulator, RawDecapsulator};
 use crate::protocol::{Protocol, is_valid_id};
 use crate::tls::Files;
 use crate::workload::cgroup::{Cgroup, CgroupError};
+use crate::workload::container::Container;
 use crate::workload::user::UserName;
 
 /// Why a configuration cannot be used.
@@ -48,6 +49,7 @@ struct RawConfig {
     insecure: bool,
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
+    runc: Option<PathBuf>,
     #[serde(default = "spare_memory_mib")]
     spare_memory_mib: u64,
     decapsulator: Option<RawDecapsulator>,
@@ -61,7 +63,7 @@ struct RawWorkload {
     name: String,
     address: String,
     protocol: Protocol,
-    command: Vec<String>,
+    command: Option<Vec<String>>,
     dir: Option<PathBuf>,
     log: Option<PathBuf>,
     #[serde(default)]
@@ -69,9 +71,18 @@ struct RawWorkload {
     #[serde(default)]
     memory: Memory,
     user: Option<String>,
-    #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: Option<BTreeMap<String, String>>,
     cgroup: Option<RawCgroup>,
+    runc: Option<RawContainer>,
+    podman: Option<serde::de::IgnoredAny>,
+    docker: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawContainer {
+    bundle: PathBuf,
+    container: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -81,6 +92,10 @@ struct RawCgroup {
     memory_max_mib: Option<u64>,
     pids_max: Option<u64>,
 }
+
+/// Why containers of daemons and of other programs are not taken.
+const NOT_HELD: &str = "its containers are not moved, since a monitor or daemon outside of the container keeps acting on \
+                        it (see the README): export it as an OCI bundle, and write runc = { bundle = \"/PATH\" }";
 
 /// What a host needs to stay usable.
 fn spare_memory_mib() -> u64 {
@@ -100,6 +115,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Program and leading arguments of CRIU, if not the default.
     pub criu: Option<Vec<String>>,
+    /// The program that runs containers.
+    pub runc: PathBuf,
     /// Available memory that a migration has to leave.
     pub spare_memory_bytes: u64,
     /// The site's end of the load balancer's tunnels, where it is ours.
@@ -164,28 +181,52 @@ pub struct Workload {
     pub address: SocketAddr,
     /// Its protocol.
     pub protocol: Protocol,
+    /// What it is.
+    pub kind: Kind,
+    /// Whether this agent starts it.
+    pub start: bool,
+    /// When its memory goes over.
+    pub memory: Memory,
+    /// What bounds it at this site; a container's bounds are in its bundle.
+    pub cgroup: Option<Cgroup>,
+}
+
+/// What a workload is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A program that the agent starts.
+    Process(Process),
+    /// A container of runc's.
+    Runc(Container),
+}
+
+/// A program that the agent starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
     /// Program and arguments; never empty.
     pub command: Vec<String>,
     /// Its working directory.
     pub dir: PathBuf,
     /// Where its output goes; it has to be the same file at every site. Nowhere if `None`.
     pub log: Option<PathBuf>,
-    /// Whether this agent starts it.
-    pub start: bool,
-    /// When its memory goes over.
-    pub memory: Memory,
     /// As whom it runs; as the agent if `None`. What has moved stays who it was.
     pub user: Option<UserName>,
     /// Set besides the agent's own environment.
     pub env: BTreeMap<String, String>,
-    /// What bounds it at this site.
-    pub cgroup: Option<Cgroup>,
 }
 
 impl Workload {
     /// Makes its control group; gives the folders by which it is joined, none if there is none.
     pub fn make_cgroup(&self) -> Result<Vec<PathBuf>, CgroupError> {
         self.cgroup.as_ref().map_or_else(|| Ok(Vec::new()), Cgroup::make)
+    }
+
+    /// Its container, if it is one.
+    pub fn container(&self) -> Option<&Container> {
+        match &self.kind {
+            Kind::Process(_) => None,
+            Kind::Runc(container) => Some(container),
+        }
     }
 }
 
@@ -236,6 +277,12 @@ impl RawConfig {
                     let problem = format!("the path is taken by workload {:?}", other.name);
                     return Err((format!("{place}: cgroup: path"), problem));
                 }
+                if let (Some(container), Some(others)) = (workload.container(), other.container())
+                    && container.name == others.name
+                {
+                    let problem = format!("the container is workload {:?}'s", other.name);
+                    return Err((format!("{place}: runc: container"), problem));
+                }
                 if (other.address, other.protocol) == (workload.address, workload.protocol) {
                     let problem = format!("the address is taken by workload {:?}", other.name);
                     return Err((format!("{place}: address"), problem));
@@ -262,6 +309,7 @@ impl RawConfig {
             transport,
             state_dir,
             criu: self.criu,
+            runc: self.runc.unwrap_or_else(|| "runc".into()),
             spare_memory_bytes,
             decapsulator,
             workloads,
@@ -302,18 +350,37 @@ impl RawWorkload {
         if address.ip().is_unspecified() || address.port() == 0 {
             return Err(at("address", "the one address that clients are led to is meant, with its port"));
         }
-        if self.command.first().is_none_or(String::is_empty) {
-            return Err(at("command", "a program and its arguments are meant"));
+        let kind = match &self.runc {
+            Some(_) => Kind::Runc(self.as_container()?),
+            None => Kind::Process(self.as_process()?),
+        };
+        let cgroup = self.cgroup.map(RawCgroup::validate).transpose()?;
+        let Self { name, protocol, start, memory, .. } = self;
+        Ok(Workload { name, address, protocol, kind, start, memory, cgroup })
+    }
+
+    fn as_process(&self) -> Result<Process, Problem> {
+        let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
+        for (key, is_there) in [("podman", self.podman.is_some()), ("docker", self.docker.is_some())] {
+            if is_there {
+                return Err(at(key, NOT_HELD));
+            }
         }
-        let dir = self.dir.unwrap_or_else(|| "/".into());
+        let Some(command) =
+            self.command.clone().filter(|command| command.first().is_some_and(|it| !it.is_empty()))
+        else {
+            return Err(at("command", "a program and its arguments are meant (or `runc`, and a bundle)"));
+        };
+        let dir = self.dir.clone().unwrap_or_else(|| "/".into());
         for (key, path) in [("dir", Some(&dir)), ("log", self.log.as_ref())] {
             if path.is_some_and(|path| !path.is_absolute()) {
                 return Err(at(key, "an absolute path is meant"));
             }
         }
-        let user = self.user.map(|user| user.parse::<UserName>()).transpose();
+        let user = self.user.as_ref().map(|user| user.parse::<UserName>()).transpose();
         let user = user.map_err(|error| at("user", &error.to_string()))?;
-        for (name, value) in &self.env {
+        let env = self.env.clone().unwrap_or_default();
+        for (name, value) in &env {
             // environ(7): a name ends at the first `=`, and both end at the first zero byte.
             if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
                 return Err(at(
@@ -322,20 +389,36 @@ impl RawWorkload {
                 ));
             }
         }
-        let cgroup = self.cgroup.map(RawCgroup::validate).transpose()?;
-        Ok(Workload {
-            name: self.name,
-            address,
-            protocol: self.protocol,
-            command: self.command,
-            dir,
-            log: self.log,
-            start: self.start,
-            user,
-            env: self.env,
-            cgroup,
-            memory: self.memory,
-        })
+        Ok(Process { command, dir, log: self.log.clone(), user, env })
+    }
+
+    fn as_container(&self) -> Result<Container, Problem> {
+        let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
+        for (key, is_there) in [
+            ("podman", self.podman.is_some()),
+            ("docker", self.docker.is_some()),
+            ("command", self.command.is_some()),
+            ("dir", self.dir.is_some()),
+            ("log", self.log.is_some()),
+            ("user", self.user.is_some()),
+            ("env", self.env.is_some()),
+            ("cgroup", self.cgroup.is_some()),
+        ] {
+            if is_there {
+                return Err(at(key, "a container's is in its bundle's config.json: take the key away"));
+            }
+        }
+        let Some(RawContainer { bundle, container }) = &self.runc else {
+            return Err(at("runc", "a bundle is meant"));
+        };
+        if !bundle.is_absolute() {
+            return Err(at("runc: bundle", "an absolute path is meant"));
+        }
+        let name = container.clone().unwrap_or_else(|| self.name.clone());
+        if !is_valid_id(&name) {
+            return Err(at("runc: container", "letters, digits, `-`, `_` and `.` are meant, at most 64"));
+        }
+        Ok(Container { bundle: bundle.clone(), name })
     }
 }
 
@@ -391,7 +474,8 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
     fn defaults_are_filled_in() {
         let config = parse(GOOD).unwrap();
         assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
-        assert_eq!(config.workloads[0].dir, Path::new("/"));
+        assert_eq!(process(&config.workloads[0]).dir, Path::new("/"));
+        assert_eq!(config.runc, Path::new("runc"));
         assert_eq!(config.spare_memory_bytes, 64 << 20);
         assert!(config.workloads[0].start);
         assert_eq!(config.decapsulator, None);
@@ -406,13 +490,50 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         let options = "user = \"33:7\"\nenv = { LANG = \"C\", EMPTY = \"\" }\n\
                        memory = \"post\"\n[workloads.cgroup]\npath = \"drover/chat-1\"\nmemory_max_mib = 512\npids_max = 9\n";
         let workload = parse(&format!("{GOOD}{options}")).unwrap().workloads.remove(0);
-        assert_eq!(workload.user, Some(UserName::Numbers { uid: 33, gid: Some(7) }));
-        assert_eq!(workload.env.len(), 2);
+        assert_eq!(process(&workload).user, Some(UserName::Numbers { uid: 33, gid: Some(7) }));
+        assert_eq!(process(&workload).env.len(), 2);
         let cgroup = workload.cgroup.unwrap();
         assert_eq!((cgroup.memory_max_bytes, cgroup.pids_max), (Some(512 << 20), Some(9)));
         let plain = parse(GOOD).unwrap().workloads.remove(0);
-        assert_eq!((plain.user, plain.env.len(), plain.cgroup), (None, 0, None));
+        assert_eq!((&process(&plain).user, process(&plain).env.len(), &plain.cgroup), (&None, 0, &None));
         assert_eq!((workload.memory, plain.memory), (Memory::Post, Memory::Auto));
+    }
+
+    fn process(workload: &Workload) -> &Process {
+        match &workload.kind {
+            Kind::Process(process) => process,
+            Kind::Runc(container) => panic!("{container:?}"),
+        }
+    }
+
+    #[test]
+    fn a_container_is_a_bundle_and_a_name() {
+        let runc = |line: &str| parse(&GOOD.replace("command = [\"redis-server\"]", line));
+        let container = |line: &str| runc(line).unwrap().workloads[0].container().unwrap().clone();
+        let plain = container("runc = { bundle = \"/srv/chat\" }");
+        assert_eq!((plain.bundle.to_str().unwrap(), plain.name.as_str()), ("/srv/chat", "chat-1"));
+        assert_eq!(container("runc = { bundle = \"/srv/chat\", container = \"x\" }").name, "x");
+        for (line, place) in [
+            ("runc = { bundle = \"srv\" }", "runc: bundle: an absolute path"),
+            ("runc = { bundle = \"/srv\", container = \"a/b\" }", "runc: container: letters"),
+            ("runc = { }", "missing field `bundle`"),
+            ("runc = { bundle = \"/srv\", image = \"x\" }", "unknown field `image`"),
+            ("command = [\"x\"]\nrunc = { bundle = \"/srv\" }", "command: a container's is in its bundle's"),
+            ("env = { A = \"b\" }\nrunc = { bundle = \"/srv\" }", "env: a container's is in its bundle's"),
+            ("start = true", "duplicate key"),
+            ("", "command: a program and its arguments are meant (or `runc`"),
+            ("podman = { container = \"chat\" }", "podman: "),
+            ("docker = \"chat\"", "docker: "),
+        ] {
+            let text = runc(line).unwrap_err().to_string();
+            assert!(text.contains(place), "{line}: {text}");
+        }
+        let one = &GOOD[GOOD.find("[[").unwrap()..];
+        let other = one.replace("chat-1", "chat-2").replace("6379", "6380");
+        let two = format!("{GOOD}{other}")
+            .replace("command = [\"redis-server\"]", "runc = { bundle = \"/x\", container = \"c\" }");
+        let text = parse(&two).unwrap_err().to_string();
+        assert!(text.contains("runc: container: the container is workload \"chat-1\"'s"), "{text}");
     }
 
     #[test]

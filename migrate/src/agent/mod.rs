@@ -4,6 +4,7 @@
 //! * [`door`]: who calls; [`admission`]: what that one may ask for.
 //! * [`server`]: the HTTP API.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
+//! * [`containers`]: what is done in another way with workloads that are containers.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
 //! * [`readiness`]: whether a workload can leave or enter the site, asked in *prepare*.
@@ -13,6 +14,7 @@
 
 pub(crate) mod admission;
 pub mod config;
+pub mod containers;
 pub mod door;
 pub mod images;
 pub mod readiness;

@@ -5,16 +5,17 @@ use std::time::Instant;
 
 use tokio::sync::OnceCell;
 
-use super::config::Memory;
+use super::config::Workload;
 use super::images::{Folder, ImagesError};
 use super::site::Site;
 use crate::checks::hashes::Hashes;
 use crate::checks::problem::{Problem, Refused};
 use crate::checks::room::Room;
-use crate::checks::{cpu, files, room, sockets, tasks};
+use crate::checks::{container, cpu, files, room, sockets, tasks};
 use crate::client::chain;
 use crate::criu::check::{self, CheckError};
 use crate::protocol::manifest::{Manifest, Processor};
+use crate::workload::container::ContainerError;
 use crate::workload::holder::HolderPid;
 use crate::workload::processes::Process;
 
@@ -36,6 +37,9 @@ pub enum ReadinessError {
         #[source]
         source: CheckError,
     },
+    /// What a container needs.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// A folder of ours.
     #[error(transparent)]
     Images(#[from] ImagesError),
@@ -96,8 +100,7 @@ impl Site {
     /// Looks at a workload's tasks: what they need of a site, unless something keeps them here.
     pub async fn may_leave(
         &self,
-        workload: &str,
-        memory: Memory,
+        workload: &Workload,
         holder: HolderPid,
         root: &Process,
     ) -> Result<Manifest, ReadinessError> {
@@ -108,14 +111,18 @@ impl Site {
         let mut found = found.map_err(|error| ReadinessError::Broken(error.to_string()))?;
         let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
         found.problems.extend(space.for_images(found.memory_bytes, &self.images));
+        let is_container = workload.container().is_some();
+        let (memory, workload) = (workload.memory, &workload.name);
         let head = || format!("workload {workload:?} cannot leave site {:?}", self.config.site);
         Refused::unless_none(head, found.problems)?;
+        let files = found.files.into_values().collect();
         let manifest = Manifest {
             memory_bytes: found.memory_bytes,
             later: memory.is_later(found.memory_bytes),
-            files: found.files.into_values().collect(),
+            files: if is_container { container::on_root(files, root) } else { files },
             sockets: found.sockets.into_iter().collect(),
             processor: processor?.clone(),
+            is_container,
         };
         tracing::info!(
             workload,
@@ -128,17 +135,25 @@ impl Site {
     }
 
     /// Compares what a workload needs with what is here.
-    pub async fn may_enter(&self, workload: &str, manifest: Manifest) -> Result<(), ReadinessError> {
+    pub async fn may_enter(&self, workload: &Workload, manifest: Manifest) -> Result<(), ReadinessError> {
         let started = Instant::now();
         let hashes = self.readiness.hashes.clone();
         let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
         let mut problems = space.for_restore(manifest.memory_bytes, &self.images);
-        let cgroup = self.workload(workload).ok().and_then(|workload| workload.cgroup.as_ref());
-        let bound = cgroup.and_then(|cgroup| cgroup.memory_max_bytes);
+        let bound = workload.cgroup.as_ref().and_then(|cgroup| cgroup.memory_max_bytes);
         problems.extend(bound.and_then(|bound| room::exceeds(manifest.memory_bytes, bound)));
         let processor = manifest.processor.clone();
+        let files = match self.check_container(workload)? {
+            Some(root) if manifest.is_container => container::below(manifest.files, &root),
+            None if !manifest.is_container => manifest.files,
+            here => {
+                problems.push(Problem::OtherKind { is_container_here: here.is_some() });
+                Vec::new()
+            }
+        };
+        let workload = &workload.name;
         let comparing = tokio::task::spawn_blocking(move || {
-            let mut problems = files::compare(&manifest.files, &hashes);
+            let mut problems = files::compare(&files, &hashes);
             problems.extend(sockets::compare(&manifest.sockets));
             problems
         });

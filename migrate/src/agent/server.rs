@@ -32,6 +32,7 @@ use crate::protocol::{
     WorkloadState, WorkloadStatus, is_valid_id,
 };
 use crate::workload::processes;
+use crate::workload::record::root_of;
 
 /// Images come faster than the default windows of HTTP/2 would let them: in one go, up to this much.
 const WINDOW_BYTES: u32 = 64 << 20;
@@ -164,7 +165,10 @@ impl From<SiteError> for Refusal {
     fn from(error: SiteError) -> Self {
         let status = match &error {
             SiteError::Unknown(..) => StatusCode::NOT_FOUND,
-            SiteError::Busy(..) | SiteError::Absent(..) | SiteError::NoAddress { .. } => StatusCode::CONFLICT,
+            SiteError::Busy(..)
+            | SiteError::Absent(..)
+            | SiteError::NoAddress { .. }
+            | SiteError::Container(_) => StatusCode::CONFLICT,
             SiteError::Address { .. } => StatusCode::BAD_REQUEST,
             SiteError::Start { .. }
             | SiteError::User(_)
@@ -182,7 +186,7 @@ impl From<SiteError> for Refusal {
 impl From<ReadinessError> for Refusal {
     fn from(error: ReadinessError) -> Self {
         let status = match &error {
-            ReadinessError::Refused(_) => StatusCode::CONFLICT,
+            ReadinessError::Refused(_) | ReadinessError::Container(_) => StatusCode::CONFLICT,
             ReadinessError::Criu { .. }
             | ReadinessError::Images(_)
             | ReadinessError::Host(_)
@@ -351,7 +355,7 @@ async fn manifest(
     let received_unix_us = now_unix_us();
     let session = known_as(&site, &id, Role::Target)?;
     let wants_later = manifest.later;
-    site.may_enter(&session.workload, manifest).await?;
+    site.may_enter(site.workload(&session.workload)?, manifest).await?;
     let later = wants_later && target::fetch_later(&site, &session).await?;
     Ok(Json(Welcome { later, received_unix_us, answered_unix_us: now_unix_us() }))
 }
@@ -360,13 +364,13 @@ async fn manifest(
 async fn memory(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<Body> {
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("migration {id:?} owes no memory"));
     let (workload, _) = site.debt(&id).ok_or_else(gone)?;
-    let holder = site.records.find(&workload).ok_or_else(gone)?;
+    let root = site.records.find(&workload).and_then(root_of).ok_or_else(gone)?;
     let questions = request.into_body().into_data_stream();
     let done = {
         let (site, id) = (site.clone(), id.clone());
         move || site.settle_debt(&workload, &id)
     };
-    Ok(Body::from_stream(serve::answers(questions, processes::tasks_of(holder.pid), done)))
+    Ok(Body::from_stream(serve::answers(questions, processes::tree(root.pid), done)))
 }
 
 async fn images(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<()> {

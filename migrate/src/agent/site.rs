@@ -8,9 +8,11 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::config::{Config, Workload};
+use super::config::{self, Config, Kind, Workload};
+use super::containers;
 use super::images::{self, ImagesError};
 use super::readiness::Readiness;
 use super::session::{Ask, Session, View};
@@ -21,9 +23,10 @@ use crate::net::repair;
 use crate::net::silence::{Scope, Silence, SilenceError};
 use crate::protocol::{WorkloadState, WorkloadStatus};
 use crate::workload::cgroup::CgroupError;
+use crate::workload::container::{ContainerError, Runtime};
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
 use crate::workload::processes::{self, Process};
-use crate::workload::record::{Debt, Left, Records, root_of};
+use crate::workload::record::{self, Debt, Left, Records, root_of};
 use crate::workload::sys;
 use crate::workload::user::{Identity, UserError};
 
@@ -89,6 +92,9 @@ pub enum SiteError {
     /// What bounds it.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// What a container needs.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// Namespaces.
     #[error(transparent)]
     Holder(#[from] HolderError),
@@ -124,6 +130,8 @@ pub struct Site {
     pub config: Config,
     /// CRIU.
     pub criu: Program,
+    /// runc.
+    pub runtime: Runtime,
     /// Which workloads outlive this agent.
     pub records: Records,
     /// Where images are.
@@ -146,6 +154,7 @@ impl Site {
     /// Opens the site: sweeps what a former agent left, adopts what runs, starts what is to be started.
     pub async fn open(config: Config) -> Result<Arc<Self>, SiteError> {
         let criu = Program::find(config.criu.as_deref());
+        let runtime = containers::runtime(&config)?;
         let records = Records::open(config.state_dir.join("workloads"))?;
         let images = images::open_root(&config.state_dir)?;
         let destinations = config.workloads.iter().map(|workload| workload.address.ip()).collect();
@@ -155,6 +164,7 @@ impl Site {
         let site = Arc::new(Self {
             config,
             criu,
+            runtime,
             records,
             images,
             decapsulator,
@@ -196,6 +206,12 @@ impl Site {
         let until = std::time::Instant::now() + SEEN_LIMIT;
         while root_of(holder).is_some_and(|root| root.tracer != 0) && std::time::Instant::now() < until {
             tokio::time::sleep(LOOK_PAUSE).await;
+        }
+        for helper in record::stopped_helpers(holder) {
+            // It was stopped with the workload that it had just restored, and would not let go of it, or drop it.
+            tracing::info!(workload = name, pid = helper.pid, "a helper that a former agent left is ended");
+            let _ = kill(Pid::from_raw(helper.pid), Signal::SIGKILL);
+            processes::wait_end(helper.pid, SEEN_LIMIT).await;
         }
         if root_of(holder).is_none() {
             tracing::warn!(workload = name, "the workload's processes are gone; what is left is removed");
@@ -249,37 +265,31 @@ impl Site {
         self.silence(workload).sweep().await?;
         let started = self.start_absent(name, workload).await;
         if started.is_err() {
-            self.remove_cgroup(name).await;
+            self.remove_remains(name).await;
         }
         started
     }
 
     async fn start_absent(self: &Arc<Self>, name: &str, workload: &Workload) -> Result<(), SiteError> {
-        let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
-        let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.args(["enter", "--holder", &holder.pid().to_string()]);
-        for folder in workload.make_cgroup()? {
-            command.arg("--cgroup").arg(folder);
-        }
-        // They come to the workload through the programs in between, and stand in no list of arguments.
-        command.arg("workload").envs(&workload.env).arg("--dir").arg(&workload.dir);
-        if let Some(user) = &workload.user {
-            command.arg("--user").arg(Identity::find(user)?.to_string());
-        }
-        if let Some(log) = &workload.log {
-            command.arg("--log").arg(log);
-        }
-        command.arg("--").args(&workload.command).stdin(Stdio::null());
-        let failed = |why: String| SiteError::Start { name: name.to_owned(), why };
-        let output = command.output().await.map_err(|error| failed(error.to_string()))?;
-        if !output.status.success() {
-            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-        }
+        let (holder, what) = match &workload.kind {
+            Kind::Process(process) => {
+                let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
+                self.start_process(name, workload, process, holder.pid()).await?;
+                (holder, process.command.join(" "))
+            }
+            Kind::Runc(container) => {
+                self.make_room(workload).await?;
+                let holder = Holder::start(None, &self.kernel_cache()).await?;
+                self.run_container(name, container, holder.pid()).await?;
+                (holder, container.name.clone())
+            }
+        };
         // A program that cannot use its arguments or its address ends before anything else is done.
         let until = std::time::Instant::now() + EARLY_END;
         while std::time::Instant::now() < until {
             if root_of(holder.pid()).is_none() {
-                return Err(failed(format!("{:?} ended at once", workload.command.join(" "))));
+                let why = format!("{what:?} ended at once");
+                return Err(SiteError::Start { name: name.to_owned(), why });
             }
             tokio::time::sleep(LOOK_PAUSE).await;
         }
@@ -291,6 +301,35 @@ impl Site {
         let holder = holder.keep().await?;
         self.set_running(name, holder);
         tracing::info!(workload = name, "started");
+        Ok(())
+    }
+
+    async fn start_process(
+        &self,
+        name: &str,
+        workload: &Workload,
+        process: &config::Process,
+        holder: HolderPid,
+    ) -> Result<(), SiteError> {
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args(["enter", "--holder", &holder.to_string()]);
+        for folder in workload.make_cgroup()? {
+            command.arg("--cgroup").arg(folder);
+        }
+        // They come to the workload through the programs in between, and stand in no list of arguments.
+        command.arg("workload").envs(&process.env).arg("--dir").arg(&process.dir);
+        if let Some(user) = &process.user {
+            command.arg("--user").arg(Identity::find(user)?.to_string());
+        }
+        if let Some(log) = &process.log {
+            command.arg("--log").arg(log);
+        }
+        command.arg("--").args(&process.command).stdin(Stdio::null());
+        let failed = |why: String| SiteError::Start { name: name.to_owned(), why };
+        let output = command.output().await.map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+        }
         Ok(())
     }
 
@@ -411,13 +450,17 @@ impl Site {
         if !holder.kill().await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
         }
-        self.remove_cgroup(name).await;
+        self.remove_remains(name).await;
     }
 
-    /// Removes the control group of a workload that is not here any more.
-    pub async fn remove_cgroup(&self, name: &str) {
-        if let Ok(Workload { cgroup: Some(cgroup), .. }) = self.workload(name) {
+    /// Removes what a workload that is not here any more has left: its control group, runc's record of it.
+    pub async fn remove_remains(&self, name: &str) {
+        let Ok(workload) = self.workload(name) else { return };
+        if let Some(cgroup) = &workload.cgroup {
             cgroup.remove().await;
+        }
+        if let Some(container) = workload.container() {
+            self.delete_container(container).await;
         }
     }
 

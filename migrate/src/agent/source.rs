@@ -17,7 +17,7 @@ use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::kernel_cache;
-use crate::criu::rpc::Features;
+use crate::criu::rpc::{Features, Kind};
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::memory::layout::{self, EARLIER_FOLDER, Laid, LayoutError, Pages};
 use crate::memory::read::Image;
@@ -74,6 +74,8 @@ struct Driver {
     holder: HolderPid,
     /// As the holder's pid namespace counts.
     pid: i32,
+    /// As the host counts.
+    root: i32,
     folder: Folder,
     swrk: Option<Swrk>,
     /// CRIU can leave the pages to us.
@@ -143,19 +145,19 @@ async fn ready(
     if holder.lacks_memory() {
         return Err(PrepareError::Indebted(workload.name));
     }
-    let manifest = site.may_leave(&workload.name, workload.memory, holder, &root).await?;
+    let manifest = site.may_leave(&workload, holder, &root).await?;
     let is_welcome_later = introduce(&client, &session.id, &manifest).await?;
 
     let silence = site.silence(&workload);
     // A table of a former migration that was cut off would be in the way.
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = Swrk::start(&site.criu, holder, &[], folder.path())?;
+    let mut swrk = site.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
     let leaves_pages = leave_pages(&mut swrk, holder).await?;
     holder.save_kernel_cache(&site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
-        layout::write_earlier(folder.path(), processes::tasks_of(holder.pid).into_keys())?;
+        layout::write_earlier(folder.path(), processes::tree(root.pid).into_keys())?;
     }
     start_dump(&mut swrk, root.inner_pid, leaves_pages).await?;
 
@@ -177,6 +179,7 @@ async fn ready(
         workload,
         holder,
         pid: root.inner_pid,
+        root: root.pid,
         folder,
         swrk: Some(swrk),
         leaves_pages,
@@ -332,7 +335,7 @@ impl Driver {
 
     /// Makes CRIU leave the pages of all tasks out, which do not run any more.
     fn leave_pages_out(&self) {
-        let tasks = processes::tasks_of(self.holder.pid);
+        let tasks = processes::tree(self.root);
         if let Err(error) = layout::write_earlier(self.folder.path(), tasks.keys().copied()) {
             // CRIU says then what it lacks, and the tasks run again.
             tracing::error!(error = chain(&error), "CRIU could not be told to leave the memory out");
@@ -345,8 +348,7 @@ impl Driver {
 
     fn dumped(&self) -> Result<Laid, String> {
         let files = self.folder.list().map_err(|error| chain(&error))?;
-        let images =
-            layout::images(self.folder.path(), files, &processes::tasks_of(self.holder.pid), self.pages);
+        let images = layout::images(self.folder.path(), files, &processes::tree(self.root), self.pages);
         images.map_err(|error: LayoutError| chain(&error))
     }
 
@@ -425,6 +427,10 @@ impl Driver {
                 });
             }
             Command::Lift => {
+                if self.swrk.is_none() && matches!(state, State::Resuming { .. }) {
+                    // A CRIU that was killed has left them in repair mode.
+                    repair::reconnect(self.holder.pid);
+                }
                 let silence = self.silence.clone();
                 self.change_rules(async move { silence.lift().await }, |done| {
                     if let Err(error) = done {
@@ -474,11 +480,12 @@ impl Driver {
         let start = async {
             self.folder.clear().map_err(|error| error.to_string())?;
             if self.leaves_pages {
-                let tasks = processes::tasks_of(self.holder.pid).into_keys();
+                let tasks = processes::tree(self.root).into_keys();
                 layout::write_earlier(self.folder.path(), tasks).map_err(|error| chain(&error))?;
             }
-            let mut swrk = Swrk::start(&self.site.criu, self.holder, &[], self.folder.path())
-                .map_err(|error| chain(&error))?;
+            let starting =
+                self.site.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
+            let mut swrk = starting.await.map_err(|error| chain(&error))?;
             start_dump(&mut swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)
         };

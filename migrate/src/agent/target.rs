@@ -17,6 +17,7 @@ use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
+use crate::criu::rpc::Kind;
 use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
 use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
@@ -91,6 +92,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     give_up_former(site, name, id).await;
     site.check_absent(name)?;
     site.check_address(workload)?;
+    site.make_room(workload).await.map_err(SiteError::from)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));
@@ -102,7 +104,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
             Ok(())
         }
         Err(error) => {
-            site.remove_cgroup(name).await;
+            site.remove_remains(name).await;
             site.set(name, Place::Absent);
             let state = "not prepared".to_owned();
             session.show(View { state, workload: WorkloadState::Absent, idle: false, ended: true });
@@ -138,7 +140,8 @@ async fn ready(
     let folder = Folder::create(&site.images, &session.id)?;
     let muting = silence.arm_muting()?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
-    let mut swrk = Swrk::start(&site.criu, holder.pid(), &workload.make_cgroup()?, folder.path())?;
+    let cgroups = workload.make_cgroup()?;
+    let mut swrk = site.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, folder.path()).await?;
     let features = swrk.warm().await?;
     // It is prepared once.
     let _ = session.can_fetch.set(features.lazy_pages == Some(true));

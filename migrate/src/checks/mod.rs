@@ -8,6 +8,7 @@
 //! * [`descriptors`]: their open files; [`unix`]: whom their unix sockets are connected to.
 //! * [`mappings`]: their mapped files.
 //! * [`files`]: whether a site has the files of a manifest, by content; [`hashes`]: contents that were read before.
+//! * [`container`]: which of its files are a container's own.
 //! * [`sockets`]: whether addresses and ports of a manifest are free at a site.
 //! * [`room`]: memory, and space for images.
 //! * [`cpu`]: which instructions a processor has.
@@ -16,6 +17,7 @@
 //! What is not here: when it is looked at, and what comes of it (that is [`crate::agent`]).
 
 pub mod clock;
+pub mod container;
 pub mod cpu;
 pub mod descriptors;
 pub mod files;

@@ -22,9 +22,23 @@ impl fmt::Display for Task {
     }
 }
 
+fn kind_name(is_container: bool) -> &'static str {
+    if is_container { "container" } else { "process" }
+}
+
 /// One thing that would make a dump or a restore fail.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
+    /// A container cannot go on as a process, nor the other way round.
+    #[error(
+        "it is a {} there and a {} at the source: let both agents' configurations say the same",
+        kind_name(*is_container_here),
+        kind_name(!*is_container_here)
+    )]
+    OtherKind {
+        /// What the target's configuration says.
+        is_container_here: bool,
+    },
     /// It would stay behind.
     #[error(
         "{task} does not descend from the workload's first process, and would be left behind: let no process of the \

@@ -2,6 +2,7 @@
 //!
 //! * [`rpc`]: the messages (CRIU's `rpc.proto`, the part that is used).
 //! * [`swrk`]: one CRIU process and the connection to it.
+//! * [`relay`]: CRIU behind a container runtime that starts it.
 //! * [`log`]: the lines of CRIU's log that say why something failed.
 //! * [`program`]: which CRIU is run.
 //! * [`check`]: whether it can work here.
@@ -13,5 +14,6 @@ pub mod images;
 pub mod kernel_cache;
 pub mod log;
 pub mod program;
+pub mod relay;
 pub mod rpc;
 pub mod swrk;

@@ -107,6 +107,59 @@ pub struct Request {
     pub features: Option<Features>,
 }
 
+/// `criu_req` of a runtime, with options that we do not all know, as they came.
+#[derive(Clone, PartialEq, Message)]
+pub struct RuntimeRequest {
+    /// What is wanted.
+    #[prost(enumeration = "Kind", required, tag = "1")]
+    pub kind: i32,
+    /// How; a message is encoded as its bytes are.
+    #[prost(bytes = "vec", optional, tag = "2")]
+    pub options: Option<Vec<u8>>,
+    /// The answer to a hook.
+    #[prost(bool, optional, tag = "3")]
+    pub notify_success: Option<bool>,
+}
+
+/// A field of `criu_opts`: a control group to freeze. CRIU takes a tenth of a second for it, and a CRIU that is killed
+/// meanwhile leaves everything in it frozen; without it CRIU stops each task.
+pub const FREEZE_CGROUP: u64 = 44;
+
+/// A message without one of its fields; `None` if it makes no sense.
+pub fn without(message: &[u8], field: u64) -> Option<Vec<u8>> {
+    let (mut rest, mut kept) = (message, Vec::with_capacity(message.len()));
+    while !rest.is_empty() {
+        let start = rest;
+        let key = varint(&mut rest)?;
+        // protobuf's encoding: the kind of a field is in the lowest three bits of its key.
+        let skip = match key & 7 {
+            0 => varint(&mut rest).map(|_| 0)?,
+            1 => 8,
+            2 => varint(&mut rest)?,
+            5 => 4,
+            _ => return None,
+        };
+        rest = rest.get(usize::try_from(skip).ok()?..)?;
+        if key >> 3 != field {
+            kept.extend_from_slice(&start[..start.len() - rest.len()]);
+        }
+    }
+    Some(kept)
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
 /// `criu_restore_resp`.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Restored {
@@ -190,6 +243,14 @@ mod tests {
         };
         let bytes = request.encode_to_vec();
         assert_eq!(bytes, [8, 1, 18, 9, 8, 0, 16, 5, 72, 2, 128, 4, 3]);
+
+        assert_eq!(without(&bytes, 2).unwrap(), [8, 1]);
+        assert_eq!(without(&bytes[4..], 9).unwrap(), [8, 0, 16, 5, 128, 4, 3]);
+        assert_eq!(without(&bytes[4..], 64).unwrap(), [8, 0, 16, 5, 72, 2]);
+        assert_eq!(without(&bytes, 7).unwrap(), bytes);
+        for bad in [&bytes[..5], &[0x80], &[0x0b, 0]] {
+            assert_eq!(without(bad, 7), None, "{bad:?}");
+        }
 
         let hook = [8, 6, 16, 1, 42, 11, 10, 9, b'p', b'o', b's', b't', b'-', b'd', b'u', b'm', b'p'];
         let response = Response::decode(&hook[..]).unwrap();

@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use prost::Message;
 use tokio::io::unix::AsyncFd;
 
 use super::log;
 use super::program::Program;
+use super::relay::Relay;
 use super::rpc::{CGROUPS_IGNORE, Features, Kind, NETWORK_LOCK_SKIP, Options, Request, Response};
 use crate::workload::enter;
 use crate::workload::holder::HolderPid;
@@ -29,7 +30,7 @@ pub const GHOST_LIMIT_BYTES: u32 = 64 << 20;
 /// A CRIU that has said its last word ends at once; one that does not is left to itself.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// CRIU's messages are small; the largest carries one line of error text.
-const MAX_MESSAGE_BYTES: usize = 64 << 10;
+pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
 /// Warnings and errors; more would cost time in the freeze window.
 const LOG_LEVEL: i32 = 2;
 /// CRIU's log in the images folder; not an image.
@@ -113,8 +114,11 @@ pub enum Ended {
 #[derive(Debug)]
 pub struct Swrk {
     socket: AsyncFd<OwnedFd>,
+    /// What was started to become CRIU, or to start it.
     process: tokio::process::Child,
     images: PathBuf,
+    /// The container runtime that CRIU was started by.
+    relay: Option<Relay>,
 }
 
 impl Swrk {
@@ -126,15 +130,9 @@ impl Swrk {
         cgroups: &[PathBuf],
         images: &Path,
     ) -> Result<Self, SwrkError> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(|errno| SwrkError::Start(errno.into()))?;
-        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-            .map_err(|errno| SwrkError::Start(errno.into()))?;
+        let (ours, theirs) = socket_pair()?;
         let folder = File::open(images).map_err(SwrkError::Start)?;
-        let here = enter::IMAGES_FOLDER;
-        std::fs::write(images.join(CONFIG_FILE), format!("images-dir {here}\nwork-dir {here}\n"))
-            .map_err(SwrkError::Start)?;
+        write_config(images).map_err(SwrkError::Start)?;
         let stderr = File::create(images.join(STDERR_FILE)).map_err(SwrkError::Start)?;
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command
@@ -146,8 +144,18 @@ impl Swrk {
             .stdout(Stdio::from(OwnedFd::from(folder)))
             .stderr(Stdio::from(stderr));
         let process = command.spawn().map_err(SwrkError::Start)?;
-        let socket = sys::register(ours).map_err(SwrkError::Start)?;
-        Ok(Self { socket, process, images: images.to_owned() })
+        let socket = register(ours)?;
+        Ok(Self { socket, process, images: images.to_owned(), relay: None })
+    }
+
+    /// One that a container runtime has started; `process` is the runtime.
+    pub fn behind(
+        relay: Relay,
+        ours: OwnedFd,
+        process: tokio::process::Child,
+        images: &Path,
+    ) -> Result<Self, SwrkError> {
+        Ok(Self { socket: register(ours)?, process, images: images.to_owned(), relay: Some(relay) })
     }
 
     /// Makes CRIU look at the kernel's features now rather than in the freeze window; gives those that matter here.
@@ -171,7 +179,7 @@ impl Swrk {
             ..Request::default()
         })
         .await?;
-        let answer = receive(&self.socket).await?;
+        let answer = decode(&receive(&self.socket).await?)?;
         if answer.kind() != Kind::FeatureCheck || !answer.success {
             return Err(SwrkError::Failed(self.explain(&answer)));
         }
@@ -182,15 +190,22 @@ impl Swrk {
     /// dump in the folder `parent` of the images folder are left out.
     pub async fn dump(&mut self, pid: i32, parent: Option<&str>) -> Result<(), SwrkError> {
         let track_mem = parent.map(|_| true);
-        let parent_img = parent.map(str::to_owned);
-        let options = Options { pid: Some(pid), parent_img, track_mem, ..options() };
-        self.send(&Request { kind: Kind::Dump.into(), options: Some(options), ..Request::default() }).await
+        let options = Options { parent_img: parent.map(str::to_owned), track_mem, ..options() };
+        self.begin(Kind::Dump, Options { pid: Some(pid), ..options.clone() }, &options).await
     }
 
     /// Begins to restore what is in the images folder; if `is_lazy`, without the pages that are marked so.
     pub async fn restore(&mut self, is_lazy: bool) -> Result<(), SwrkError> {
-        let options = Some(Options { lazy_pages: Some(is_lazy), ..options() });
-        let request = Request { kind: Kind::Restore.into(), options, ..Request::default() };
+        let options = Options { lazy_pages: Some(is_lazy), ..options() };
+        self.begin(Kind::Restore, options.clone(), &options).await
+    }
+
+    /// Sends our own request, or a container's with our options.
+    async fn begin(&self, kind: Kind, own: Options, ours: &Options) -> Result<(), SwrkError> {
+        if let Some(relay) = &self.relay {
+            return send(&self.socket, &relay.request(ours)).await;
+        }
+        let request = Request { kind: kind.into(), options: Some(own), ..Request::default() };
         self.send(&request).await
     }
 
@@ -198,10 +213,13 @@ impl Swrk {
     pub async fn next(&mut self) -> Said {
         let heard = tokio::select! {
             biased;
-            answer = receive(&self.socket) => answer,
+            message = receive(&self.socket) => message.and_then(|message| decode(&message)),
             // What it was restoring when it was killed keeps its end of the connection open.
-            _ = self.process.wait() => take(self.socket.get_ref()),
+            () = gone(&mut self.process, self.relay.as_ref()) => take(self.socket.get_ref()),
         };
+        if let (Ok(answer), Some(relay)) = (&heard, &mut self.relay) {
+            relay.heard(answer).await;
+        }
         let answer = match heard {
             Ok(answer) => answer,
             Err(error) => {
@@ -224,28 +242,25 @@ impl Swrk {
 
     /// Answers CRIU's question.
     pub async fn answer(&mut self, yes: bool) -> Result<(), SwrkError> {
+        let yes = match &mut self.relay {
+            Some(relay) if yes => relay.ask().await,
+            _ => yes,
+        };
         let kind = Kind::Notify.into();
         self.send(&Request { kind, notify_success: Some(yes), ..Request::default() }).await
     }
 
     /// Waits until the process is gone.
     pub async fn end(mut self) {
-        drop(self.socket);
+        // A runtime that has not heard CRIU's last word finds that there is nobody any more.
+        drop((self.socket, self.relay));
         if tokio::time::timeout(END_LIMIT, self.process.wait()).await.is_err() {
             tracing::warn!(pid = self.process.id(), "CRIU has answered but does not end; it is left alone");
         }
     }
 
     async fn send(&self, request: &Request) -> Result<(), SwrkError> {
-        let bytes = request.encode_to_vec();
-        self.socket
-            .async_io(tokio::io::Interest::WRITABLE, |fd| {
-                // A CRIU that is gone is an error of this connection, not a signal for the agent.
-                send(fd.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL).map_err(io::Error::from)
-            })
-            .await
-            .map(drop)
-            .map_err(SwrkError::Connection)
+        send(&self.socket, &request.encode_to_vec()).await
     }
 
     fn explain(&self, answer: &Response) -> String {
@@ -263,7 +278,48 @@ impl Swrk {
     }
 }
 
-async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Response, SwrkError> {
+/// Waits until CRIU is gone.
+async fn gone(process: &mut tokio::process::Child, relay: Option<&Relay>) {
+    match relay {
+        Some(relay) => relay.gone().await,
+        // It is gone, or was.
+        None => drop(process.wait().await),
+    }
+}
+
+/// Two ends of a connection as CRIU speaks it.
+pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), SwrkError> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|errno| SwrkError::Start(errno.into()))
+}
+
+/// Lets the runtime wait for one end of it.
+pub fn register(socket: OwnedFd) -> Result<AsyncFd<OwnedFd>, SwrkError> {
+    nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+        .map_err(|errno| SwrkError::Start(errno.into()))?;
+    sys::register(socket).map_err(SwrkError::Start)
+}
+
+/// Tells CRIU, which finds it by its options, where the images are.
+pub fn write_config(images: &Path) -> io::Result<()> {
+    let here = enter::IMAGES_FOLDER;
+    std::fs::write(images.join(CONFIG_FILE), format!("images-dir {here}\nwork-dir {here}\n"))
+}
+
+/// Sends one message.
+pub async fn send(socket: &AsyncFd<OwnedFd>, message: &[u8]) -> Result<(), SwrkError> {
+    socket
+        .async_io(tokio::io::Interest::WRITABLE, |fd| {
+            // A CRIU that is gone is an error of this connection, not a signal for the agent.
+            socket::send(fd.as_raw_fd(), message, MsgFlags::MSG_NOSIGNAL).map_err(io::Error::from)
+        })
+        .await
+        .map(drop)
+        .map_err(SwrkError::Connection)
+}
+
+/// Receives one message.
+pub async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Vec<u8>, SwrkError> {
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     let len = socket
         .async_io(tokio::io::Interest::READABLE, |fd| {
@@ -271,7 +327,11 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Response, SwrkError> {
         })
         .await
         .map_err(SwrkError::Connection)?;
-    decode(&buffer[..len])
+    buffer.truncate(len);
+    if buffer.is_empty() {
+        return Err(SwrkError::Connection(io::ErrorKind::UnexpectedEof.into()));
+    }
+    Ok(buffer)
 }
 
 /// A message that is there already.

@@ -21,6 +21,9 @@ pub struct Manifest {
     pub sockets: Vec<NeededSocket>,
     /// The processor that the tasks have run on.
     pub processor: Processor,
+    /// It is a container: its files' paths are those of its root file system.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_container: bool,
 }
 
 /// A file that a restore opens by its path.
@@ -96,6 +99,7 @@ mod tests {
     #[test]
     fn golden_json() {
         let manifest = Manifest {
+            is_container: false,
             memory_bytes: 4096,
             later: true,
             files: vec![

@@ -20,9 +20,9 @@ use super::user::Identity;
 use super::{cgroup, sys};
 
 /// Where CRIU finds its socket: far from the descriptors it opens first.
-const SOCKET_FD: RawFd = 100;
+pub const SOCKET_FD: RawFd = 100;
 /// Where CRIU finds the images folder.
-const IMAGES_FD: RawFd = 101;
+pub const IMAGES_FD: RawFd = 101;
 /// The images folder as CRIU sees it.
 pub const IMAGES_FOLDER: &str = "/proc/self/fd/101";
 
@@ -31,6 +31,8 @@ pub const IMAGES_FOLDER: &str = "/proc/self/fd/101";
 pub enum What {
     /// CRIU; stdin is its socket and stdout the images folder.
     Criu,
+    /// A container runtime.
+    Runtime,
     /// A workload.
     Workload {
         /// Its working directory.
@@ -40,6 +42,14 @@ pub enum What {
         /// As whom it runs; as the agent if `None`.
         user: Option<Identity>,
     },
+}
+
+/// A call of this program that starts a container runtime inside the holder's namespaces; the runtime's program and
+/// arguments are to be added.
+pub fn runtime(holder: HolderPid) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command.args(["enter", "--holder", &holder.to_string(), "runtime", "--"]);
+    command
 }
 
 /// Joins the holder's namespaces and a control group, by its folders, and starts the program. Gives the exit code for
@@ -63,6 +73,12 @@ pub fn run(holder: HolderPid, cgroups: &[PathBuf], what: &What, argv: &[String])
             nix::unistd::dup2_stdin(&null)?;
             nix::unistd::close(socket)?;
             let status = child.wait()?;
+            Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+        }
+        What::Runtime => {
+            let (program, args) = argv.split_first().context("no program")?;
+            let status = Command::new(program).args(args).status();
+            let status = status.with_context(|| format!("start {program}"))?;
             Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
         }
         What::Workload { dir, log, user } => {

@@ -7,6 +7,7 @@
 //! * [`holder`]: making a holder, and killing it.
 //! * [`init`]: pid 1 itself (the hidden subcommand `init`).
 //! * [`enter`]: starting something inside a holder (the hidden subcommand `enter`).
+//! * [`container`]: a workload that is a container of runc's, inside its holder.
 //! * [`user`]: as whom it runs; [`cgroup`]: what bounds it.
 //! * [`processes`]: what `/proc` says.
 //! * [`record`]: how a restarted agent finds its workloads again.
@@ -15,6 +16,7 @@
 //! What is not here: CRIU, and when a workload is started or moved.
 
 pub mod cgroup;
+pub mod container;
 pub mod enter;
 pub mod holder;
 pub mod init;

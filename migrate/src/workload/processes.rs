@@ -13,6 +13,8 @@ pub struct Process {
     pub pid: i32,
     /// As its own, innermost pid namespace counts.
     pub inner_pid: i32,
+    /// In how many pid namespaces it has a pid, as far as this host sees.
+    pub depth: usize,
     /// `R`, `S`, `Z`, ...
     pub state: char,
     /// Who traces it; 0 for nobody.
@@ -38,6 +40,12 @@ pub fn start_ticks(pid: i32) -> Option<u64> {
     parse_start_ticks(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// All processes of this host.
+pub fn all() -> impl Iterator<Item = i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
 /// The children of a process, as this host counts.
 pub fn children(pid: i32) -> Vec<i32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
@@ -59,19 +67,27 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     all
 }
 
-/// The tasks below a holder: the host's pid by their own.
-pub fn tasks_of(holder: i32) -> BTreeMap<i32, i32> {
-    let tasks = descendants(holder).into_iter().filter_map(Process::read);
+/// A process and its descendants: the host's pid by that in their own namespaces.
+pub fn tree(root: i32) -> BTreeMap<i32, i32> {
+    let tasks = std::iter::once(root).chain(descendants(root)).filter_map(Process::read);
     tasks.map(|task| (task.inner_pid, task.pid)).collect()
 }
 
-/// All processes of the pid namespace that this process is pid 1 of, whoever their parents are.
+/// All processes of the pid namespace that this process is pid 1 of, whoever their parents are, and all in namespaces
+/// below it.
 pub fn in_namespace_of(pid: i32) -> Vec<i32> {
     let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let (Some(wanted), Ok(all)) = (namespace(pid), std::fs::read_dir("/proc")) else { return Vec::new() };
-    all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|other| *other != pid && namespace(*other).as_ref() == Some(&wanted))
-        .collect()
+    let Some(wanted) = namespace(pid) else { return Vec::new() };
+    let inside: Vec<i32> =
+        all().filter(|other| *other != pid && namespace(*other).as_ref() == Some(&wanted)).collect();
+    // The first process of a namespace below has its parent in here.
+    let mut with_those_below = inside.clone();
+    for pid in inside.into_iter().chain([pid]).flat_map(descendants) {
+        if !with_those_below.contains(&pid) {
+            with_those_below.push(pid);
+        }
+    }
+    with_those_below
 }
 
 /// Waits until a process has ended; false if it has not within `limit`.
@@ -108,11 +124,13 @@ pub fn sockets(pid: i32) -> Vec<OwnedFd> {
 fn parse_status(pid: i32, status: &str) -> Option<Process> {
     let field =
         |name: &str| status.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()));
-    let inner = field("NSpid").and_then(|pids| pids.split_whitespace().last()?.parse().ok());
+    let inner_pids = field("NSpid").unwrap_or_default();
+    let inner = inner_pids.split_whitespace().last().and_then(|pid| pid.parse().ok());
     let rss_kib = field("VmRSS").and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
     Some(Process {
         pid,
         inner_pid: inner.unwrap_or(pid),
+        depth: inner_pids.split_whitespace().count().max(1),
         state: field("State")?.chars().next()?,
         tracer: field("TracerPid")?.parse().ok()?,
         rss_bytes: rss_kib.unwrap_or(0) * 1024,
@@ -135,7 +153,7 @@ mod tests {
         let status = "Name:\tredis server\nState:\tt (tracing stop)\nPid:\t77\nTracerPid:\t12\nNSpid:\t77\t5001\nVmRSS:\t    2048 kB\n";
         let process = parse_status(77, status).unwrap();
         assert_eq!((process.pid, process.inner_pid, process.state, process.tracer), (77, 5001, 't', 12));
-        assert_eq!(process.rss_bytes, 2 << 20);
+        assert_eq!((process.depth, process.rss_bytes), (2, 2 << 20));
         assert!(process.is_alive());
         assert!(!parse_status(1, "State:\tZ (zombie)\nTracerPid:\t0\n").unwrap().is_alive());
     }

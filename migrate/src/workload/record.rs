@@ -102,13 +102,26 @@ impl Records {
 }
 
 /// The root of a holder's workload: of the children of its pid 1 the first that is no helper of ours. (The
-/// others are orphans that the workload left.)
+/// others are orphans that the workload left.) A container's is the first process of another pid namespace.
 pub fn root_of(holder: HolderPid) -> Option<Process> {
-    processes::children(holder.pid)
-        .into_iter()
-        .filter_map(Process::read)
-        .filter(|process| process.is_alive() && process.inner_pid >= FIRST_DUMPED_PID)
-        .min_by_key(|process| process.inner_pid)
+    let depth = Process::read(holder.pid)?.depth;
+    let children = processes::children(holder.pid).into_iter().filter_map(Process::read);
+    let (inside, below): (Vec<_>, Vec<_>) =
+        children.filter(Process::is_alive).partition(|process| process.depth == depth);
+    let first = inside.into_iter().filter(|process| process.inner_pid >= FIRST_DUMPED_PID);
+    let container = below.into_iter().find(|process| process.inner_pid == 1);
+    first.min_by_key(|process| process.inner_pid).or(container)
+}
+
+/// CRIU and a container's runtime, where they were stopped together with what they had just restored.
+pub fn stopped_helpers(holder: HolderPid) -> Vec<Process> {
+    let Some(depth) = Process::read(holder.pid).map(|process| process.depth) else { return Vec::new() };
+    let kept = processes::descendants(holder.pid);
+    let inside = processes::in_namespace_of(holder.pid).into_iter().filter(|pid| !kept.contains(pid));
+    let is_one = |process: &Process| {
+        process.depth == depth && process.state == 'T' && process.inner_pid < FIRST_DUMPED_PID
+    };
+    inside.filter_map(Process::read).filter(is_one).collect()
 }
 
 /// CRIU and its helpers have the low pids of a fresh namespace.

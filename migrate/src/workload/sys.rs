@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use tokio::io::unix::AsyncFd;
 
 /// Lets the runtime wait for a descriptor.
@@ -33,6 +34,28 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     let done =
         unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Sends a few bytes with descriptors.
+pub fn send_with_fds(socket: RawFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    let (words, rights) = ([io::IoSlice::new(bytes)], [ControlMessage::ScmRights(fds)]);
+    Ok(sendmsg::<()>(socket, &words, &rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)?)
+}
+
+/// Receives a few bytes and the descriptors that were sent with them.
+pub fn receive_fds(socket: RawFd) -> io::Result<Vec<OwnedFd>> {
+    let mut bytes = [0; 16];
+    let mut room = nix::cmsg_space!([RawFd; 4]);
+    let mut words = [io::IoSliceMut::new(&mut bytes)];
+    let message = recvmsg::<()>(socket, &mut words, Some(&mut room), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            // SAFETY: the kernel has just made these descriptors for us and nobody else knows of them.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok(fds)
 }
 
 fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {

@@ -83,10 +83,11 @@ pub(super) fn agent(
         name: &workload.name,
         address: workload.address.to_string(),
         protocol: workload.protocol.name(),
-        command: &workload.command,
-        dir: workload.dir.as_deref().unwrap_or(lab.dir()),
+        command: (!workload.is_container).then_some(&workload.command),
+        dir: (!workload.is_container).then_some(workload.dir.as_deref().unwrap_or(lab.dir())),
         start: workload.site == site,
         memory: workload.memory.name(),
+        runc: workload.is_container.then(|| Container { bundle: workload.bundle(lab, site) }),
     });
     write(&Agent {
         site: site.name(),
@@ -195,8 +196,17 @@ struct AgentWorkload<'a> {
     name: &'a str,
     address: String,
     protocol: &'static str,
-    command: &'a [String],
-    dir: &'a Path,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    command: Option<&'a Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dir: Option<&'a Path>,
     start: bool,
     memory: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runc: Option<Container>,
+}
+
+#[derive(Serialize)]
+struct Container {
+    bundle: PathBuf,
 }

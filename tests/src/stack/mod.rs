@@ -121,6 +121,9 @@ impl Stack {
             lab.hold_virtual_addresses()?;
         }
         let (daemon, agents) = (None, [None, None]);
+        for workload in workloads.iter().filter(|workload| workload.is_container) {
+            workload.make_bundles(&lab)?;
+        }
         let certificates = Certificates::make(&lab.dir().join("pki"))?;
         let mut stack = Stack {
             daemon,

@@ -3,7 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use crate::{Site, address};
+use crate::bundle::{self, Bundle};
+use crate::error::LabError;
+use crate::programs::installed;
+use crate::{Lab, Site, address};
 
 /// Transport protocol of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +104,8 @@ pub struct Workload {
     pub mode: Mode,
     /// When its memory goes over.
     pub memory: Memory,
+    /// It runs in a container of runc's, of a bundle that the stack makes ([`Workload::bundle`]).
+    pub is_container: bool,
 }
 
 impl Workload {
@@ -132,7 +137,41 @@ impl Workload {
             service: SocketAddr::new(service, PORT + u16::from(number) - 1),
             mode: Mode::Nat,
             memory: Memory::Auto,
+            is_container: false,
         }
+    }
+
+    /// The same server in a container.
+    pub fn in_container(self) -> Workload {
+        Workload { is_container: true, ..self }
+    }
+
+    /// The bundle of its container at a site.
+    pub fn bundle(&self, lab: &Lab, site: Site) -> PathBuf {
+        lab.dir().join(format!("{}-bundle-{}", self.name, site.name()))
+    }
+
+    /// The root folder of its containers, which is one for both sites.
+    pub fn root(&self, lab: &Lab) -> PathBuf {
+        lab.dir().join(format!("{}-root", self.name))
+    }
+
+    /// The control group of its container at a site.
+    pub fn container_group(&self, lab: &Lab, site: Site) -> String {
+        let id = lab.dir().file_name().and_then(|name| name.to_str()).expect("a lab's name is plain");
+        format!("/{id}-{}-{}", site.name(), self.name)
+    }
+
+    /// Makes its root folder and the bundles of both sites.
+    pub(super) fn make_bundles(&self, lab: &Lab) -> Result<(), LabError> {
+        let (program, arguments) = self.command.split_first().expect("a workload has a program");
+        let root = self.root(lab);
+        bundle::fill_root(&root, &installed(program)?)?;
+        Site::ALL.into_iter().try_for_each(|site| {
+            let cgroup = self.container_group(lab, site);
+            let bundle = Bundle { root: &root, cgroup: &cgroup, network: None, criu_config: None, arguments };
+            bundle.write(&self.bundle(lab, site))
+        })
     }
 
     /// The same server in another mode: where that is [`Mode::Dsr`] it is bound to the service's address, which its

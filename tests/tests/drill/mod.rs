@@ -1,17 +1,26 @@
 //! A stack with one redis server under clients that never stop asking it, and what must be true of them at the end.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use std::time::Duration;
 
 use bench::driver::{self, Load, Running, Source};
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
-use lab::stack::{Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
 use lab::{Lab, Site, wait_for};
 use serde_json::Value;
 
 pub const CLIENTS: u32 = 20;
 pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// A redis server that can be given much memory ([`Drill::fill`]).
+pub fn large() -> Workload {
+    let mut workload = Workload::redis(1);
+    workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
+    workload
+}
 
 /// A stack with one redis server and clients that never stop asking it.
 pub struct Drill {
@@ -43,6 +52,59 @@ impl Drill {
         let drill = Self { clients: Some(clients), workload, stack };
         drill.goes_on();
         drill
+    }
+
+    pub fn new(workload: Workload) -> Self {
+        // A large server's move takes seconds where other tests take the processors; deadlines have tests of their own.
+        let hold =
+            HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
+        Self::with(StackOptions { workloads: vec![workload], hold, ..StackOptions::default() })
+    }
+
+    /// The migration ended where it began, for the reason given.
+    pub fn rolled_back(&self, migration: &Value, why: &str) {
+        assert_eq!(migration["state"], "rolled_back", "{migration:#}");
+        let reason = migration["report"]["reason"].as_str().unwrap();
+        assert!(reason.to_lowercase().contains(why), "{reason:?} does not say {why:?}");
+        assert_eq!(self.backend()["location"], self.workload.site.name());
+        self.is_open();
+        self.goes_on();
+    }
+
+    /// Waits until every migration has come to its end: an open gate is not yet one.
+    pub fn nothing_runs(&self) {
+        wait_for(LIMIT, || {
+            let (_, migrations) = self.stack.admin("GET", "/v1/migrations", None).unwrap();
+            let mut all = migrations.as_array().unwrap().iter();
+            all.all(|migration| migration["state"] != "running").then_some(())
+        })
+        .expect("every migration ends");
+    }
+
+    /// Waits until a phase of a migration has begun.
+    pub fn reaches(&self, id: &str, phase: &str) {
+        let path = format!("/v1/migrations/{id}");
+        wait_for(LIMIT, || {
+            let (_, migration) = self.stack.admin("GET", &path, None).unwrap();
+            let phases = migration["phases"].as_array()?.clone();
+            (phases.iter().any(|reached| reached["name"] == phase)).then_some(())
+        })
+        .expect("the phase is reached");
+    }
+
+    /// Gives the server enough memory that its transfer takes a while; it has to be [`large`].
+    pub fn fill(&self) {
+        let (server, port) =
+            (self.workload.address.ip().to_string(), self.workload.address.port().to_string());
+        let output = self
+            .stack
+            .lab()
+            .site(Site::A)
+            .command("redis-cli")
+            .args(["-h", &server, "-p", &port, "DEBUG", "POPULATE", "200", "filler", "1000000"])
+            .output()
+            .unwrap();
+        assert!(output.status.success() && output.stdout.starts_with(b"OK"), "{output:?}");
     }
 
     /// Lets the clients ask for a while.

@@ -40,6 +40,7 @@ impl Place {
             service,
             mode: Mode::Nat,
             memory: lab::stack::Memory::Auto,
+            is_container: false,
         };
         let hold = HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..hold };
         let options = StackOptions { workloads: vec![workload], hold, ..StackOptions::default() };

@@ -39,6 +39,7 @@ const PROGRAMS: &[Program] = &[
     tool("unshare", "util-linux", "gives a workload its own process numbers"),
     tool("mount", "mount", "used by tests of the lab"),
     tool("kill", "procps", "ends what a lab test started"),
+    tool("runc", "runc", "runs workloads of tests as containers, measured beside Drover"),
     tool("redis-cli", "redis-tools", "fills a workload of tests"),
     server("redis-server", "a workload of tests and demo"),
     server("openarena-server", "a workload of tests and demo"),
@@ -63,10 +64,7 @@ const PEERS: &[Program] = &[
 ];
 
 /// What migrations are measured beside. A benchmark leaves out what is not there.
-const MOVERS: &[Program] = &[
-    tool("nc", "netcat-openbsd", "copies images where a server is moved by hand"),
-    tool("runc", "runc", "measured beside Drover"),
-];
+const MOVERS: &[Program] = &[tool("nc", "netcat-openbsd", "copies images where a server is moved by hand")];
 
 /// Reports each program; installs the missing ones with one call.
 pub(super) fn provide(report: &mut impl FnMut(&str, State)) {

@@ -169,6 +169,7 @@ fn workload(scenario: Scenario, lab: &Lab) -> anyhow::Result<Workload> {
         service: SocketAddr::from((address::VIRTUAL4, port)),
         mode: Mode::Nat,
         memory: Memory::Auto,
+        is_container: false,
     })
 }
 

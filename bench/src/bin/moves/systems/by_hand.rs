@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
+use lab::bundle::{self, Bundle};
 use lab::process::Process;
 use lab::{Lab, Site, address, processors, wait_for};
 use migrate::criu::program::Program;
 
 use super::host::Host;
-use super::{Place, container, link, own_program, server_address, server_arguments};
+use super::{Place, link, own_program, server_address, server_arguments};
 
 /// The script.
 pub const SCRIPT: &str = include_str!("move.sh");
@@ -100,14 +101,21 @@ impl ByHand {
 
     fn start_container(&mut self, case: &Case) -> anyhow::Result<()> {
         let root = self.lab.dir().join("root");
-        container::fill_root(&root, &own_program()?)?;
+        bundle::fill_root(&root, &own_program()?)?;
         let criu_config = self.lab.dir().join("criu.conf");
         std::fs::write(&criu_config, "network-lock nftables\n")
             .context("cannot write CRIU's configuration")?;
         let lab = self.lab.dir().file_name().and_then(|name| name.to_str()).context("the lab has no name")?;
         for (site, host) in Site::ALL.into_iter().zip(&self.hosts) {
-            let (bundle, cgroup) = (host.files().join("bundle"), format!("/{lab}-{}", site.name()));
-            container::write_bundle(&bundle, &root, &cgroup, &criu_config, &server_arguments(case))?;
+            let bundle = Bundle {
+                root: &root,
+                cgroup: &format!("/{lab}-{}", site.name()),
+                // The host's own network, as seen from its own first process.
+                network: Some("/proc/1/ns/net"),
+                criu_config: Some(&criu_config),
+                arguments: &server_arguments(case),
+            };
+            bundle.write(&host.files().join("bundle"))?;
         }
         let files = self.hosts[0].files().display();
         let line = format!(

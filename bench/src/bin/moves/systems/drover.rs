@@ -63,6 +63,7 @@ impl Placed {
             service: SocketAddr::from((address::VIRTUAL4, PORT)),
             mode: Mode::Nat,
             memory,
+            is_container: false,
         };
         let hold =
             HoldOptions { deadline_ms: Some(HOLD_MS), max_age_ms: Some(HOLD_MS), ..HoldOptions::default() };

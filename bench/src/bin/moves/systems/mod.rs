@@ -1,7 +1,6 @@
 //! Who moves the server: how each one's place is set up, and one move.
 
 mod by_hand;
-mod container;
 mod drover;
 mod host;
 

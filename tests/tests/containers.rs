@@ -1,0 +1,173 @@
+//! A server in a container of runc's moves as one that is a process does: under live clients, nothing lost, no reset;
+//! and what is wrong with it is said.
+
+#![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
+
+mod drill;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+
+use lab::stack::{Stack, StackOptions, Workload};
+use lab::{Lab, Site, bundle, installed};
+use serde_json::{Value, json};
+
+use drill::{Drill, LIMIT, large};
+
+fn container() -> Workload {
+    Workload::redis(1).in_container()
+}
+
+/// The state of the workload at a site, as its agent says.
+fn state(drill: &Drill, site: Site) -> String {
+    let (_, all) = drill.stack.agent(site, "GET", "/v1/workloads", None).unwrap();
+    all[0]["state"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_container_moves_there_and_back_under_its_clients() {
+    let drill = Drill::new(container());
+    for to in [Site::B, Site::A].repeat(10) {
+        drill.commits(to);
+        drill.goes_on();
+        assert_eq!((state(&drill, to), state(&drill, to.other())), ("running".into(), "absent".into()));
+    }
+    drill.must_be_whole();
+}
+
+#[test]
+fn a_container_that_cannot_move_goes_on() {
+    let drill = Drill::new(large().in_container());
+    drill.fill();
+    let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
+    drill.rolled_back(&migration, "deadline");
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    drill.reaches(&id, "freeze");
+    let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
+    assert!((200..300).contains(&status), "{status}");
+    let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
+    drill.rolled_back(&migration, "abort");
+    drill.commits(Site::B);
+    drill.commits(Site::A);
+    drill.must_be_whole();
+}
+
+#[test]
+fn an_agent_that_was_killed_adopts_its_container() {
+    let mut drill = Drill::new(container());
+    for to in [Site::B, Site::A] {
+        for site in Site::ALL {
+            drill.stack.restart_agent(site).unwrap();
+        }
+        drill.goes_on();
+        assert_eq!(state(&drill, to.other()), "running");
+        drill.commits(to);
+    }
+    drill.must_be_whole();
+}
+
+#[test]
+fn an_agent_that_dies_in_a_containers_move_loses_nothing() {
+    let mut drill = Drill::new(large().in_container());
+    drill.fill();
+    for (dying, phase) in
+        [(Site::B, "freeze"), (Site::B, "transfer"), (Site::A, "freeze"), (Site::A, "transfer")]
+    {
+        let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+        drill.reaches(&id, phase);
+        drill.stack.kill_agent(dying);
+        drill.stack.restart_agent(dying).unwrap();
+        let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
+        drill.rolled_back(&migration, "");
+        assert_eq!(state(&drill, Site::B), "absent");
+    }
+    drill.commits(Site::B);
+    drill.must_be_whole();
+}
+
+#[test]
+fn what_a_container_needs_is_looked_for_before_anything_is_held() {
+    let lab = Lab::new().unwrap();
+    let workload = container();
+    let config = workload.bundle(&lab, Site::B).join("config.json");
+    let mut drill =
+        Drill::within(lab, StackOptions { workloads: vec![workload.clone()], ..StackOptions::default() });
+    let refused = |drill: &Drill, why: &str| {
+        let migration = drill.migrate(Site::B, Value::Null);
+        drill.rolled_back(&migration, why);
+        let phases = migration["report"]["phases"].as_array().unwrap();
+        assert!(phases.iter().all(|phase| phase["name"] != "hold"), "{phases:?}");
+    };
+
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::remove_file(&config).unwrap();
+    refused(&drill, "config.json cannot be read: an oci bundle");
+    std::fs::write(&config, "{").unwrap();
+    refused(&drill, "is no oci configuration");
+    let root = workload.root(drill.stack.lab());
+    let elsewhere = root.with_extension("none");
+    std::fs::write(&config, text.replace(root.to_str().unwrap(), elsewhere.to_str().unwrap())).unwrap();
+    refused(&drill, "is not a folder");
+    std::fs::create_dir(&elsewhere).unwrap();
+    refused(&drill, "libc.so.6\" cannot be had there");
+    bundle::fill_root(&elsewhere, &installed("redis-server").unwrap()).unwrap();
+    let mut program = File::options().append(true).open(elsewhere.join("server")).unwrap();
+    program.write_all(b"x").unwrap();
+    refused(&drill, "server\" has");
+    std::fs::write(&config, &text).unwrap();
+
+    let agent = drill.stack.config_path("agent-fra");
+    let lines = std::fs::read_to_string(&agent).unwrap();
+    std::fs::write(&agent, format!("runc = \"/nonexistent/runc\"\n{lines}")).unwrap();
+    drill.stack.restart_agent(Site::B).unwrap();
+    refused(&drill, "/nonexistent/runc is not here: install runc");
+    std::fs::write(&agent, &lines).unwrap();
+    drill.stack.restart_agent(Site::B).unwrap();
+
+    drill.commits(Site::B);
+    drill.must_be_whole();
+}
+
+#[test]
+fn a_container_whose_name_is_taken_is_not_started() {
+    let lab = Lab::new().unwrap();
+    let workload = container();
+    let group = workload.container_group(&lab, Site::B);
+    let stack =
+        Stack::start(lab, StackOptions { workloads: vec![workload.clone()], ..StackOptions::default() })
+            .unwrap();
+    let _squatter = Squatter::in_group(&group);
+    let start = |site| {
+        let path = format!("/v1/workloads/{}/start", workload.name);
+        stack.agent(site, "POST", &path, None).unwrap()
+    };
+    let (status, answer) = start(Site::B);
+    let said = answer["detail"].as_str().unwrap();
+    assert!(status == 409 && said.contains(&format!("control group {group:?} is taken by pid")), "{answer}");
+    let (status, answer) = start(Site::A);
+    assert!(status == 409 && answer["detail"].as_str().unwrap().contains("there cannot be two"), "{answer}");
+}
+
+/// A process in a control group, whichever version this host has.
+struct Squatter(std::process::Child, PathBuf);
+
+impl Squatter {
+    fn in_group(group: &str) -> Self {
+        let roots = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].map(PathBuf::from);
+        let root = roots.into_iter().find(|root| root.join("cgroup.procs").is_file()).unwrap();
+        let folder = root.join(group.trim_start_matches('/'));
+        std::fs::create_dir_all(&folder).unwrap();
+        let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        std::fs::write(folder.join("cgroup.procs"), child.id().to_string()).unwrap();
+        Self(child, folder)
+    }
+}
+
+impl Drop for Squatter {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        let _ = std::fs::remove_dir(&self.1);
+    }
+}
