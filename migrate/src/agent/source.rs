@@ -172,7 +172,7 @@ async fn ready(
     // The rules end by themselves only after the source would have fallen back by itself.
     let silence_timeout = patience + MARGIN;
     let driver = Driver {
-        armed: Some(silence.arm(silence_timeout)?),
+        armed: Some(silence.arm(silence_timeout).await?),
         site: site.clone(),
         session: session.clone(),
         peer_site: prepare.peer_site.clone(),
@@ -419,8 +419,14 @@ impl Driver {
             }
             Command::DumpAgain => self.dump_again().await,
             Command::Silence => {
-                let armed = self.armed.take().map_or_else(|| self.silence.arm(self.silence_timeout), Ok);
-                let fire = async { armed?.fire().await };
+                let (armed, silence, timeout) =
+                    (self.armed.take(), self.silence.clone(), self.silence_timeout);
+                let fire = async move {
+                    match armed {
+                        Some(armed) => armed.fire().await,
+                        None => silence.arm(timeout).await?.fire().await,
+                    }
+                };
                 self.change_rules(fire, |done| match done {
                     Ok(()) => Event::Silenced,
                     Err(error) => Event::SilenceFailed(chain(&error)),
@@ -538,6 +544,11 @@ impl Driver {
     /// Gives the workload back to the site, or forgets it; then says that it is over.
     async fn end(&mut self, state: &State) {
         let name = &self.workload.name;
+        if self.armed.take().is_some()
+            && let Err(error) = self.silence.lift().await
+        {
+            tracing::warn!(error = chain(&error), "silence rules that were not needed could not be removed");
+        }
         match state {
             State::Ended(End::Released) => {
                 self.site.forget(name, self.holder).await;

@@ -138,7 +138,7 @@ async fn ready(
     let silence = site.silence(workload);
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let muting = silence.arm_muting()?;
+    let muting = silence.arm_muting().await?;
     let holder = Holder::start(None, &site.kernel_cache()).await?;
     let cgroups = workload.make_cgroup()?;
     let mut swrk = site.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, folder.path()).await?;
@@ -438,6 +438,9 @@ impl Driver {
                 wipe_later(folder);
             }
         } else {
+            if matches!(self.muting, Some(Muting::Armed(_))) {
+                self.unmute().await;
+            }
             self.site.forget(&name, self.holder_pid).await;
             self.site.set(&name, Place::Absent);
         }

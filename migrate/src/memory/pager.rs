@@ -35,7 +35,7 @@ const AHEAD_PAGES: u32 = 64;
 /// What comes with a page that a task waits for: its neighbours are often next.
 const FAULT_PAGES: u32 = 8;
 /// What is asked for before the tasks run: their stacks and the like. More would take the processor from the restore.
-const EARLY_BYTES: u64 = 1 << 20;
+const EARLY_BYTES: u64 = 131072;
 /// Before a broken line is opened again.
 const PAUSE: Duration = Duration::from_millis(100);
 

@@ -15,23 +15,26 @@
 //! One table per backend. At the source the address is an element of a set with a timeout, so that the rules end by
 //! themselves if the agent dies: its CRIU then lets the source run, and it must be heard again.
 //!
-//! Starting `nft` takes milliseconds. An [`Armed`] `nft` was started before the freeze and waits for its
-//! rules on stdin.
+//! `nft` takes milliseconds of a processor, so it puts the rules in place before the freeze ([`Armed`]), with an empty
+//! set. What is left to do then is one message to the kernel.
 
 use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 use super::netfilter;
 use crate::protocol::Protocol;
 
 /// Prefix of our tables.
 const PREFIX: &str = "drover_";
+/// The set of what is silent.
+const SET: &str = "silent";
 /// Prefix of the tables that CRIU leaves behind where it locks by itself.
 const CRIU_PREFIX: &str = "CRIU-";
 /// `nft` answers in milliseconds.
@@ -46,8 +49,8 @@ pub enum SilenceError {
     /// It failed.
     #[error("`nft` refused the rules: {0}")]
     Refused(String),
-    /// The kernel refused to remove them.
-    #[error("the kernel refused to remove the silence rules")]
+    /// The kernel refused to put them in force, or to remove them.
+    #[error("the kernel refused to change the silence rules")]
     Netlink(#[source] io::Error),
     /// It hangs.
     #[error("`nft` did not answer within {NFT_LIMIT:?}")]
@@ -97,59 +100,68 @@ impl Silence {
         Self { table, address, protocol, scope }
     }
 
-    /// Starts an `nft` that waits to put the rules in place, for at most `timeout`.
-    pub fn arm(&self, timeout: Duration) -> Result<Armed, SilenceError> {
-        Armed::start(self.rules(Direction::Both, Some(timeout)))
+    /// Puts rules in place that do nothing yet; fired, they hold for at most `timeout`.
+    pub async fn arm(&self, timeout: Duration) -> Result<Armed, SilenceError> {
+        self.arm_for(Direction::Both, Some(timeout)).await
     }
 
-    /// Starts an `nft` that waits to keep what leaves from the address from leaving, until that is lifted.
-    pub fn arm_muting(&self) -> Result<Armed, SilenceError> {
-        Armed::start(self.rules(Direction::Out, None))
+    /// Likewise for what leaves from the address, until that is lifted.
+    pub async fn arm_muting(&self) -> Result<Armed, SilenceError> {
+        self.arm_for(Direction::Out, None).await
+    }
+
+    async fn arm_for(&self, direction: Direction, timeout: Option<Duration>) -> Result<Armed, SilenceError> {
+        nft_with(&["-f", "-"], &self.rules(direction)).await?;
+        // Rounded up: a silence that ends too early is worse than one that ends late.
+        let timeout_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX) + 1);
+        Ok(Armed { table: self.table.clone(), key: self.key(), timeout_ms })
+    }
+
+    /// What the set has of the backend: each part is padded to 4 bytes.
+    fn key(&self) -> Vec<u8> {
+        let mut key = match self.address.ip() {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        if self.scope == Scope::AddressAndPort {
+            let protocol = match self.protocol {
+                Protocol::Tcp => libc::IPPROTO_TCP,
+                Protocol::Udp => libc::IPPROTO_UDP,
+            };
+            key.extend([protocol.to_le_bytes()[0], 0, 0, 0]);
+            key.extend(self.address.port().to_be_bytes());
+            key.extend([0, 0]);
+        }
+        key
     }
 
     /// Removes them now; it is no error if there are none.
     pub async fn lift(&self) -> Result<(), SilenceError> {
-        let (done, lifted) = tokio::sync::oneshot::channel();
         let table = self.table.clone();
-        tokio::task::spawn_blocking(move || {
-            let (result, to_close) = match netfilter::delete_inet_table(&table) {
-                Ok(socket) => (Ok(()), Some(socket)),
-                Err(error) => (Err(SilenceError::Netlink(error)), None),
-            };
-            // Whoever asked may have gone.
-            let _ = done.send(result);
-            drop(to_close);
-        });
-        lifted.await.unwrap_or_else(|_| Err(SilenceError::Netlink(io::ErrorKind::Interrupted.into())))
+        answered(move || netfilter::delete_inet_table(&table)).await
     }
 
-    fn rules(&self, direction: Direction, timeout: Option<Duration>) -> String {
+    fn rules(&self, direction: Direction) -> String {
         let table = &self.table;
-        let ip = self.address.ip();
-        let (family, kind) = match ip {
+        let (family, kind) = match self.address.ip() {
             IpAddr::V4(_) => ("ip", "ipv4_addr"),
             IpAddr::V6(_) => ("ip6", "ipv6_addr"),
         };
-        let (kind, to, from, element) = match self.scope {
-            Scope::Address => {
-                (kind.to_owned(), format!("{family} daddr"), format!("{family} saddr"), ip.to_string())
-            }
+        let (kind, to, from) = match self.scope {
+            Scope::Address => (kind.to_owned(), format!("{family} daddr"), format!("{family} saddr")),
             Scope::AddressAndPort => (
                 format!("{kind} . inet_proto . inet_service"),
                 format!("{family} daddr . meta l4proto . th dport"),
                 format!("{family} saddr . meta l4proto . th sport"),
-                format!("{ip} . {} . {}", self.protocol.as_str(), self.address.port()),
             ),
         };
-        // Rounded up: a silence that ends too early is worse than one that ends late.
-        let timeout = timeout.map_or(String::new(), |timeout| format!(" timeout {}s", timeout.as_secs() + 1));
         let greeting = match direction {
             Direction::Both => "",
             Direction::Out => "tcp flags & (syn | rst | ack) == (syn | ack) accept; ",
         };
         let chain_in = match direction {
             Direction::Both => {
-                format!("chain in {{ type filter hook prerouting priority -400; {to} @silent drop; }}\n")
+                format!("chain in {{ type filter hook prerouting priority -400; {to} @{SET} drop; }}\n")
             }
             Direction::Out => String::new(),
         };
@@ -157,9 +169,9 @@ impl Silence {
         // that was there before is not deleted here, since that waits for every processor: `sweep` was.
         format!(
             "table inet {table} {{\n\
-             set silent {{ type {kind}; flags timeout; elements = {{ {element}{timeout} }}; }}\n\
+             set {SET} {{ type {kind}; flags timeout; }}\n\
              {chain_in}\
-             chain out {{ type filter hook output priority -400; {greeting}{from} @silent drop; }}\n\
+             chain out {{ type filter hook output priority -400; {greeting}{from} @{SET} drop; }}\n\
              }}\n"
         )
     }
@@ -181,47 +193,58 @@ impl Silence {
     }
 }
 
-/// An `nft` that waits for its rules. Dropped, it ends without having done anything.
+/// Rules that wait for the backend's address. Dropped without having been fired, they stay until they are lifted.
 #[derive(Debug)]
 pub struct Armed {
-    nft: Child,
-    rules: String,
+    table: String,
+    key: Vec<u8>,
+    timeout_ms: Option<u64>,
 }
 
 impl Armed {
-    fn start(rules: String) -> Result<Self, SilenceError> {
-        let nft = Command::new("nft")
-            .args(["-f", "-"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(SilenceError::Start)?;
-        Ok(Self { nft, rules })
-    }
-
-    /// Lets it do its work; on success the rules are as wanted.
-    pub async fn fire(mut self) -> Result<(), SilenceError> {
-        let mut stdin =
-            self.nft.stdin.take().ok_or_else(|| SilenceError::Start(io::ErrorKind::BrokenPipe.into()))?;
-        let work = async {
-            // If it has ended already, its exit code and its words say more than a broken pipe.
-            let _ = stdin.write_all(self.rules.as_bytes()).await;
-            drop(stdin);
-            self.nft.wait_with_output().await
-        };
-        let output = tokio::time::timeout(NFT_LIMIT, work)
-            .await
-            .map_err(|_| SilenceError::Silent)?
-            .map_err(SilenceError::Start)?;
-        finished(&output).map(drop)
+    /// Names the address to them: on success they are in force.
+    pub async fn fire(self) -> Result<(), SilenceError> {
+        answered(move || netfilter::add_to_inet_set(&self.table, SET, &self.key, self.timeout_ms)).await
     }
 }
 
+/// Makes a request on a thread that may wait, and gives the answer before what is to be closed is closed.
+async fn answered(
+    request: impl FnOnce() -> io::Result<OwnedFd> + Send + 'static,
+) -> Result<(), SilenceError> {
+    let (done, answer) = tokio::sync::oneshot::channel();
+    tokio::task::spawn_blocking(move || {
+        let (result, to_close) = match request() {
+            Ok(socket) => (Ok(()), Some(socket)),
+            Err(error) => (Err(SilenceError::Netlink(error)), None),
+        };
+        // Whoever asked may have gone.
+        let _ = done.send(result);
+        drop(to_close);
+    });
+    answer.await.unwrap_or_else(|_| Err(SilenceError::Netlink(io::ErrorKind::Interrupted.into())))
+}
+
 async fn nft(args: &[&str]) -> Result<String, SilenceError> {
-    let output = Command::new("nft").args(args).kill_on_drop(true).stdin(Stdio::null()).output();
-    let output = tokio::time::timeout(NFT_LIMIT, output)
+    nft_with(args, "").await
+}
+
+async fn nft_with(args: &[&str], input: &str) -> Result<String, SilenceError> {
+    let work = async {
+        let mut child = Command::new("nft")
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // If it has ended already, its exit code and its words say more than a broken pipe.
+            let _ = stdin.write_all(input.as_bytes()).await;
+        }
+        child.wait_with_output().await
+    };
+    let output = tokio::time::timeout(NFT_LIMIT, work)
         .await
         .map_err(|_| SilenceError::Silent)?
         .map_err(SilenceError::Start)?;
@@ -262,22 +285,22 @@ mod tests {
     #[test]
     fn rules_say_what_is_dropped() {
         let v4 = Silence::new("chat-1", "10.1.0.1:6379".parse().unwrap(), Protocol::Tcp, Scope::Address);
-        let rules = v4.rules(Direction::Both, Some(Duration::from_millis(5500)));
+        let rules = v4.rules(Direction::Both);
         assert!(rules.contains("table inet drover_chat_2d1 {"), "{rules}");
-        assert!(rules.contains("elements = { 10.1.0.1 timeout 6s }"), "{rules}");
         assert!(rules.contains("prerouting priority -400; ip daddr @silent drop;"), "{rules}");
         assert!(rules.contains("output priority -400; ip saddr @silent drop;"), "{rules}");
+        assert_eq!(v4.key(), [10, 1, 0, 1]);
 
         let address = "[fd00:1::1]:27960".parse().unwrap();
         let v6 = Silence::new("arena", address, Protocol::Udp, Scope::AddressAndPort);
-        let rules = v6.rules(Direction::Both, Some(Duration::ZERO));
+        let rules = v6.rules(Direction::Both);
         assert!(rules.contains("type ipv6_addr . inet_proto . inet_service"), "{rules}");
-        assert!(rules.contains("{ fd00:1::1 . udp . 27960 timeout 1s }"), "{rules}");
         assert!(rules.contains("ip6 daddr . meta l4proto . th dport @silent drop"), "{rules}");
+        assert_eq!(v6.key()[..4], [0xfd, 0, 0, 1]);
+        assert_eq!(v6.key()[16..], [17, 0, 0, 0, 0x6d, 0x38, 0, 0]);
 
-        let rules = v4.rules(Direction::Out, None);
-        assert!(rules.contains("elements = { 10.1.0.1 };") && rules.contains("ip saddr @silent"), "{rules}");
-        assert!(!rules.contains("daddr"), "{rules}");
+        let rules = v4.rules(Direction::Out);
+        assert!(rules.contains("ip saddr @silent") && !rules.contains("daddr"), "{rules}");
     }
 
     #[test]
