@@ -295,7 +295,7 @@ fn bad_requests_have_their_own_answers_and_change_nothing() {
     let client = Client::start(&lab);
     let prepare = |role: &str, workload: &str, address: &str| {
         format!(
-            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","peer_site":"c","hold_deadline_ms":1000,"lease_ms":10000}}"#
+            r#"{{"role":"{role}","workload":"{workload}","address":"{address}","protocol":"tcp","peer_site":"c","peer_url":"http://10.2.2.1:7401","hold_deadline_ms":1000,"lease_ms":10000}}"#
         )
     };
     let address = lab.address.to_string();
@@ -303,7 +303,7 @@ fn bad_requests_have_their_own_answers_and_change_nothing() {
         (At::A, "/v1/migrations/x", "{".to_owned(), "400", "EOF"),
         (At::A, "/v1/migrations/x", "{}".to_owned(), "422", "missing field"),
         (At::A, "/v1/migrations/x", prepare("target", BACKEND, &address), "409", "running here"),
-        (At::B, "/v1/migrations/x", prepare("source", BACKEND, &address), "400", "target_url"),
+        (At::B, "/v1/migrations/x", prepare("source", BACKEND, &address), "409", "does not run at site"),
         (At::A, "/v1/migrations/x", prepare("target", "chat-2", &address), "404", "no workload"),
         (At::A, "/v1/migrations/x", prepare("target", BACKEND, "10.1.0.2:7000"), "400", "10.1.0.2:7000/tcp"),
         (At::A, "/v1/migrations/.x", prepare("target", BACKEND, &address), "400", "id"),

@@ -35,21 +35,24 @@ impl Offset {
 mod tests {
     use super::*;
 
+    fn welcome(received_unix_us: i64, answered_unix_us: i64) -> Welcome {
+        Welcome { later: false, received_unix_us, answered_unix_us }
+    }
+
     #[test]
     fn the_time_of_the_checks_does_not_count() {
         // 1 ms each way, 80 ms of checks, and the other clock is 5 s ahead.
-        let welcome = Welcome { received_unix_us: 5_001_000, answered_unix_us: 5_081_000 };
+        let welcome = welcome(5_001_000, 5_081_000);
         let offset = Offset::of(0, welcome, 82_000);
         assert_eq!(offset, Offset { ahead_us: 5_000_000, error_us: 1000 });
         assert!(offset.is_large());
-        let behind =
-            Offset::of(5_000_000, Welcome { received_unix_us: 1000, answered_unix_us: 1000 }, 5_002_000);
+        let behind = Offset::of(5_000_000, self::welcome(1000, 1000), 5_002_000);
         assert!(behind.is_large() && behind.ahead_us == -5_000_000);
     }
 
     #[test]
     fn a_slow_answer_is_no_large_offset() {
-        let offset = Offset::of(0, Welcome { received_unix_us: 290_000, answered_unix_us: 290_000 }, 300_000);
+        let offset = Offset::of(0, welcome(290_000, 290_000), 300_000);
         assert_eq!(offset, Offset { ahead_us: 140_000, error_us: 150_000 });
         assert!(!offset.is_large());
     }

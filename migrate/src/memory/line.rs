@@ -77,7 +77,7 @@ async fn follow(
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame.map_err(|error| chain(&error))?.into_data() else { continue };
         answers.push(&data);
-        while let Some((question, content)) = answers.next().map_err(|error| error.to_string())? {
+        while let Some((question, content)) = answers.take().map_err(|error| error.to_string())? {
             each(question, content);
         }
     }

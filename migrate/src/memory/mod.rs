@@ -6,7 +6,7 @@
 //!
 //! Pages that come after the restore (post-copy):
 //!
-//! * [`wire`]: questions and answers; [`line`]: the target's end of a stream of them; [`serve`]: the source's.
+//! * [`wire`]: questions and answers; [`mod@line`]: the target's end of a stream of them; [`serve`]: the source's.
 //! * [`pager`]: the process that brings pages to the restored tasks; [`restorer`]: what CRIU tells it.
 //! * [`space`]: which pages a task lacks; [`uffd`]: userfaultfd(2); [`window`]: how much is asked for ahead.
 //! * [`guard`]: what keeps a workload from reading zeros if its pager dies.

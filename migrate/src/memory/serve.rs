@@ -129,10 +129,10 @@ mod tests {
         let came = ask(&[question, Question::DONE], done.clone()).await;
         let mut answers = Answers::default();
         came.into_iter().for_each(|answer| answers.push(&answer.unwrap()));
-        let (head, content) = answers.next().unwrap().unwrap();
+        let (head, content) = answers.take().unwrap().unwrap();
         assert_eq!((head, content.len()), (question, 8192));
         assert!(content.iter().all(|byte| *byte == 7));
-        assert_eq!(answers.next().unwrap(), Some((Question::DONE, Bytes::new())));
+        assert_eq!(answers.take().unwrap(), Some((Question::DONE, Bytes::new())));
         assert!(done.load(Ordering::Relaxed));
     }
 

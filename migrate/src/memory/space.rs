@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn neighbours_come_along_as_far_as_they_are_lacking() {
-        let space = Space::lacking([PAGE..4 * PAGE]);
+        let space = Space::lacking(std::iter::once(PAGE..4 * PAGE));
         assert_eq!(space.origin_of(2 * PAGE, 8), Some(2 * PAGE..4 * PAGE));
         assert_eq!(space.origin_of(2 * PAGE + 5, 1).unwrap().start, 2 * PAGE + 5);
         assert_eq!(space.origin_of(0, 8), None);

@@ -88,7 +88,7 @@ impl Answers {
     }
 
     /// The next answer, once it is all there.
-    pub fn next(&mut self) -> Result<Option<(Question, Bytes)>, WireError> {
+    pub fn take(&mut self) -> Result<Option<(Question, Bytes)>, WireError> {
         let head = match self.head.take() {
             Some(head) => head,
             None => match Question::take(&mut self.buffer)? {
@@ -130,7 +130,7 @@ mod tests {
             let (mut answers, mut came) = (Answers::default(), Vec::new());
             for chunk in stream.chunks(cut) {
                 answers.push(chunk);
-                while let Some(answer) = answers.next().unwrap() {
+                while let Some(answer) = answers.take().unwrap() {
                     came.push(answer);
                 }
             }

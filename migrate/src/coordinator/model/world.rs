@@ -166,6 +166,7 @@ impl World {
             AgentEvent::Drained
             | AgentEvent::Frozen { .. }
             | AgentEvent::Dumped { .. }
+            | AgentEvent::Served(_)
             | AgentEvent::Received { .. } => return,
             AgentEvent::Restored { offer } => Event::Restored { offer },
             AgentEvent::Running(_) => Event::Running,
