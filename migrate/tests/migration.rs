@@ -11,6 +11,16 @@ use common::outcome::{assert_moves, assert_rolled_back, lab, scratch, show};
 use common::{At, BACKEND, Client, DEADLINE, Lab, Options, possible};
 use migrate::coordinator::{Left, Operator, Orders, Outcome, Progress, Report};
 
+/// A server whose memory takes a while to go over, all of it in the freeze.
+fn slow_to_leave() -> Options {
+    let memory = || "memory = \"pre\"\n".to_owned();
+    Options {
+        arguments: vec!["--fill-mib".to_owned(), "150".to_owned()],
+        workload: [memory(), memory()],
+        ..Options::default()
+    }
+}
+
 #[test]
 fn there_and_back() {
     let Some(lab) = lab(Options::default()) else { return };
@@ -133,8 +143,7 @@ fn kill_in(lab: &Arc<Lab>, id: &str, at: At, phase: &str) -> Report {
 
 #[test]
 fn a_target_agent_that_dies_rolls_back_and_the_next_try_succeeds() {
-    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
-    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let Some(lab) = lab(slow_to_leave()) else { return };
     let client = Client::start(&lab);
     for phase in ["prepare", "drain", "freeze", "transfer", "restore"] {
         let report = kill_in(&lab, &format!("kill-b-{phase}"), At::B, phase);
@@ -150,8 +159,7 @@ fn a_target_agent_that_dies_rolls_back_and_the_next_try_succeeds() {
 
 #[test]
 fn a_source_agent_that_dies_leaves_its_workload_running() {
-    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
-    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let Some(lab) = lab(slow_to_leave()) else { return };
     let client = Client::start(&lab);
     for phase in ["freeze", "transfer"] {
         let restarter = lab.clone();
@@ -171,8 +179,7 @@ fn a_source_agent_that_dies_leaves_its_workload_running() {
 
 #[test]
 fn a_deadline_that_passes_rolls_back() {
-    let arguments = vec!["--fill-mib".to_owned(), "150".to_owned()];
-    let Some(lab) = lab(Options { arguments, ..Options::default() }) else { return };
+    let Some(lab) = lab(slow_to_leave()) else { return };
     let client = Client::start(&lab);
     let report = lab.migrate(lab.spec("late", At::A, Duration::from_millis(30)), |_| ());
     assert_rolled_back(&lab, &report, "deadline of 30 ms passed");
@@ -342,7 +349,7 @@ fn an_agent_commands_no_other_and_sends_only_what_is_expected_of_it() {
     let (coordinator, [a, b]) = &lab.certificates;
     let prepare = |peer: &str| {
         format!(
-            r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"{peer}","hold_deadline_ms":1000,"lease_ms":10000}}"#,
+            r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"{peer}","peer_url":"https://10.2.1.1:7401","hold_deadline_ms":1000,"lease_ms":10000}}"#,
             lab.address
         )
     };

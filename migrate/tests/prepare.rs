@@ -89,14 +89,15 @@ fn another_processor_is_refused() {
     let Some(lab) = lab(Options::default()) else { return };
     let client = Client::start(&lab);
     let prepare = format!(
-        r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"a","hold_deadline_ms":1000,"lease_ms":10000}}"#,
+        r#"{{"role":"target","workload":"{BACKEND}","address":"{}","protocol":"tcp","peer_site":"a","peer_url":"https://10.2.1.1:7401","hold_deadline_ms":1000,"lease_ms":10000}}"#,
         lab.address
     );
     let answer = lab.http(At::B, "PUT", "/v1/migrations/cpu", &prepare);
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     let (_, [a, b]) = &lab.certificates;
-    let manifest =
-        |processor: &str| format!(r#"{{"memory_bytes":0,"files":[],"sockets":[],"processor":{processor}}}"#);
+    let manifest = |processor: &str| {
+        format!(r#"{{"memory_bytes":0,"later":false,"files":[],"sockets":[],"processor":{processor}}}"#)
+    };
     let ask = |files, processor: &str| {
         lab.http_as(files, At::B, "POST", "/v1/migrations/cpu/manifest", &manifest(processor))
     };
