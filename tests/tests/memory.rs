@@ -13,9 +13,11 @@ use std::time::Duration;
 use lab::link::{Spec, WaySpec};
 use lab::stack::{HoldOptions, Memory, StackOptions, Workload};
 use lab::{Site, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
-use drill::{Drill, LIMIT};
+use drill::{Drill, LIMIT, large};
 
 /// Keys of a kilobyte each.
 const KEYS: u32 = 60_000;
@@ -23,8 +25,11 @@ const KEYS: u32 = 60_000;
 impl Drill {
     /// With memory that goes over after the restore, on a link of so many bits a second.
     fn large(rate: Option<u64>) -> Self {
-        let mut workload = Workload { memory: Memory::Post, ..Workload::redis(1) };
-        workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
+        Self::with_keys(large(), rate)
+    }
+
+    fn with_keys(workload: Workload, rate: Option<u64>) -> Self {
+        let workload = Workload { memory: Memory::Post, ..workload };
         let hold =
             HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
         let way = |rate| WaySpec { rate_bits_per_s: NonZeroU64::new(rate), ..WaySpec::default() };
@@ -95,6 +100,19 @@ fn a_large_server_moves_there_and_back_before_its_memory() {
 }
 
 #[test]
+fn a_container_moves_there_and_back_before_its_memory() {
+    let drill = Drill::with_keys(large().in_container(), None);
+    let digest = drill.digest();
+    for to in [Site::B, Site::A].repeat(2) {
+        let migration = drill.migrate(to, Value::Null);
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        assert!(migration["report"]["exposed_ms"].as_f64().unwrap() > 0.0, "{migration:#}");
+        assert_eq!(drill.digest(), digest);
+    }
+    drill.must_be_whole();
+}
+
+#[test]
 fn a_server_may_fork_and_free_memory_that_it_has_not_got_yet() {
     // Slow enough that all of it happens before the memory is there.
     let drill = Drill::large(Some(200_000_000));
@@ -135,4 +153,36 @@ fn both_agents_may_die_before_all_memory_is_there() {
     drill.commits(Site::A);
     assert_eq!(drill.digest(), digest);
     drill.must_be_whole();
+}
+
+/// The server that lacks a page must not read zeros for it.
+#[test]
+fn a_server_does_not_outlive_who_brings_its_memory() {
+    let drill = Drill::large(Some(100_000_000));
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    wait_for(LIMIT, || (drill.backend()["location"] == "fra").then_some(())).expect("it flips");
+    drill.goes_on();
+    let pagers = pagers_of(&id);
+    assert_eq!(pagers.len(), 1);
+    kill(Pid::from_raw(pagers[0]), Signal::SIGKILL).unwrap();
+    let target = drill.workload.service;
+    let gone = || {
+        let dial = || TcpStream::connect_timeout(&target, Duration::from_millis(200));
+        drill.stack.lab().client().run(dial).is_err().then_some(())
+    };
+    wait_for(LIMIT, gone).expect("the server is gone");
+    assert!(pagers_of(&id).is_empty());
+}
+
+/// Processes that bring a migration's pages.
+fn pagers_of(id: &str) -> Vec<i32> {
+    let pids = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+    let is_one = |pid: &i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = words.split(|byte| *byte == 0);
+        words.clone().any(|word| word == b"pager") && words.any(|word| word == id.as_bytes())
+    };
+    pids.filter(is_one).collect()
 }

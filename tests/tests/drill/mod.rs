@@ -8,16 +8,17 @@ use bench::driver::{self, Load, Running, Source};
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
-use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Memory, Stack, StackOptions, Workload};
 use lab::{Lab, Site, wait_for};
 use serde_json::Value;
 
 pub const CLIENTS: u32 = 20;
 pub const LIMIT: Duration = Duration::from_secs(20);
 
-/// A redis server that can be given much memory ([`Drill::fill`]).
+/// A redis server that can be given much memory ([`Drill::fill`]), which goes over in the freeze: there is time then for
+/// something to happen.
 pub fn large() -> Workload {
-    let mut workload = Workload::redis(1);
+    let mut workload = Workload { memory: Memory::Pre, ..Workload::redis(1) };
     workload.command.extend(["--enable-debug-command", "yes"].map(str::to_owned));
     workload
 }
