@@ -35,7 +35,7 @@ const AHEAD_PAGES: u32 = 64;
 /// What comes with a page that a task waits for: its neighbours are often next.
 const FAULT_PAGES: u32 = 8;
 /// What is asked for before the tasks run: their stacks and the like. More would take the processor from the restore.
-const EARLY_BYTES: u64 = 131072;
+const EARLY_BYTES: u64 = 128 << 10;
 /// Before a broken line is opened again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -93,12 +93,20 @@ struct Task {
 struct Asked {
     client: Arc<AgentClient>,
     line: Option<Line>,
+    /// When it broke last.
+    broke: Option<Instant>,
     open: VecDeque<(Question, Instant)>,
 }
 
 impl Asked {
     fn bytes(&self) -> u64 {
         self.open.iter().map(|(question, _)| question.bytes() as u64).sum()
+    }
+
+    /// When it is to be opened again; `None` if it is open, or nothing is expected of it.
+    fn reopens(&self) -> Option<Instant> {
+        let is_missed = self.line.is_none() && !self.open.is_empty();
+        is_missed.then(|| self.broke.map_or_else(Instant::now, |broke| broke + PAUSE))
     }
 }
 
@@ -122,6 +130,8 @@ struct Pager {
     asked_bytes: u64,
     limit_bytes: u64,
     came_bytes: u64,
+    /// What the tasks lacked at the beginning.
+    lacked_bytes: u64,
 }
 
 /// What there is to react to.
@@ -139,7 +149,7 @@ impl Pager {
         nix::fcntl::fcntl(&guard, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
         let asked = || -> Result<Asked> {
             let client = Arc::new(AgentClient::new(&options.source)?);
-            Ok(Asked { client, line: None, open: VecDeque::new() })
+            Ok(Asked { client, line: None, broke: None, open: VecDeque::new() })
         };
         let (brought, news) = mpsc::unbounded_channel();
         Ok(Self {
@@ -158,6 +168,7 @@ impl Pager {
             asked_bytes: 0,
             limit_bytes: EARLY_BYTES,
             came_bytes: 0,
+            lacked_bytes: 0,
         })
     }
 
@@ -182,7 +193,8 @@ impl Pager {
                 () = readable(&self.tasks) => Event::Tasks,
                 said = next(&mut criu) => Event::Criu(said),
                 Some((which, brought)) = self.news.recv() => Event::Brought(which, brought),
-                which = reopen(&self.faults, &self.ahead) => Event::Reopen(which),
+                () = until(self.faults.reopens()) => Event::Reopen(Which::Faults),
+                () = until(self.ahead.reopens()) => Event::Reopen(Which::Ahead),
                 () = until(self.all_from) => Event::All,
             };
             match event {
@@ -210,7 +222,8 @@ impl Pager {
                 }
                 Event::Brought(which, Brought::Broken(reason)) => {
                     tracing::warn!(reason, ?which, "no pages come from the source at the moment");
-                    self.asked(which).line = None;
+                    let asked = self.asked(which);
+                    (asked.line, asked.broke) = (None, Some(Instant::now()));
                 }
                 Event::Reopen(which) => self.open(which),
                 Event::All => {
@@ -241,23 +254,21 @@ impl Pager {
     }
 
     fn ask(&mut self, which: Which, question: Question) {
-        if self.asked(which).line.is_none() && self.asked(which).open.is_empty() {
-            self.open(which);
-        }
         let asked = self.asked(which);
         asked.open.push_back((question, Instant::now()));
-        if let Some(line) = &asked.line {
-            line.ask(question);
+        match &asked.line {
+            Some(line) => line.ask(question),
+            None if asked.broke.is_none() => self.open(which),
+            // It is asked when the line is open again.
+            None => {}
         }
     }
 
     fn add(&mut self, pid: i32, uffd: OwnedFd) -> Result<()> {
         let ranges = lazy_ranges(Path::new("."), pid)?;
-        tracing::debug!(
-            pid,
-            bytes = ranges.iter().map(|range| range.end - range.start).sum::<u64>(),
-            "lacks"
-        );
+        let bytes = ranges.iter().map(|range| range.end - range.start).sum::<u64>();
+        tracing::debug!(pid, bytes, "lacks");
+        self.lacked_bytes += bytes;
         self.ahead_of.extend(ranges.iter().map(|range| (pid, range.clone())));
         self.ahead_of.make_contiguous().sort_by_key(|(_, range)| range.end - range.start);
         self.add_task(pid, uffd, Space::lacking(ranges))
@@ -413,10 +424,19 @@ impl Pager {
     /// Every page is there: the workload does without us, and the source may go.
     async fn finish(&mut self) -> Result<()> {
         Bringer(self.guard.get_ref().as_fd()).done().context("let pid 1 let go")?;
+        // With the last of them the kernel looks after the memory again.
+        self.tasks.clear();
         tracing::info!(came_bytes = self.came_bytes, "all memory is here");
+        if self.lacked_bytes == 0 {
+            // The source owes nothing, and would not know what is meant.
+            return Ok(());
+        }
         self.ahead.open.clear();
         self.faults.line = None;
         self.ask(Which::Ahead, Question::DONE);
+        if self.ahead.line.is_none() {
+            self.open(Which::Ahead);
+        }
         loop {
             match self.news.recv().await {
                 Some((Which::Ahead, Brought::Answer(Question::DONE, _))) | None => return Ok(()),
@@ -468,14 +488,4 @@ async fn until(moment: Option<Instant>) {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,
         None => std::future::pending().await,
     }
-}
-
-/// Waits until a line that is needed and broken may be opened again.
-async fn reopen(faults: &Asked, ahead: &Asked) -> Which {
-    let broken = |asked: &Asked| asked.line.is_none() && !asked.open.is_empty();
-    if !broken(faults) && !broken(ahead) {
-        return std::future::pending().await;
-    }
-    tokio::time::sleep(PAUSE).await;
-    if broken(faults) { Which::Faults } else { Which::Ahead }
 }
