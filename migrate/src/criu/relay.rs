@@ -6,7 +6,9 @@
 //! another one and the images' folder, and then becomes CRIU too, with its pid, its descriptors and its place in runc's
 //! family of processes:
 //!
-//!     runc <--- RPC ---> agent <--- RPC ---> CRIU
+//! ```text
+//! runc <--- RPC ---> agent <--- RPC ---> CRIU
+//! ```
 //!
 //! So the agent says when the dump or restore begins, puts its own options behind runc's, and answers CRIU's hooks; a
 //! yes is runc's to give, too. What the agent sees is the same [`Swrk`] as without a runtime.
