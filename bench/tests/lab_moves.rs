@@ -20,11 +20,11 @@ fn lab_moves_quickly_by_every_system_and_nothing_is_lost() {
 
     // What is not installed, or does not start on this machine, is not measured and is named.
     let skipped: Vec<&String> = json["skipped"].as_object().unwrap().keys().collect();
-    let systems: Vec<&str> = ["drover", "script", "runc"]
+    let systems: Vec<&str> = ["drover-pre", "drover-post", "script", "runc"]
         .into_iter()
         .filter(|name| !skipped.iter().any(|what| what.ends_with(name)))
         .collect();
-    assert!(systems.contains(&"drover"), "{json:#}");
+    assert!(systems.contains(&"drover-pre") && systems.contains(&"drover-post"), "{json:#}");
     let cases = json["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 2 * systems.len(), "{json:#}");
     for case in cases {
@@ -51,7 +51,7 @@ fn lab_moves_quickly_by_every_system_and_nothing_is_lost() {
     }
     if systems.contains(&"script") {
         assert!(
-            json["comparisons"].as_array().unwrap().iter().any(|one| one["system"] == "drover"),
+            json["comparisons"].as_array().unwrap().iter().any(|one| one["system"] == "drover-post"),
             "{json:#}"
         );
     }
@@ -66,7 +66,7 @@ fn lab_moves_measures_the_case_that_was_asked_for() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_moves"));
     command.args([
         "--case",
-        "system=drover,size=16,connections=3,dirty=5,rate=500",
+        "system=drover-post,size=16,connections=3,dirty=5,rate=500",
         "--moves",
         "1",
         "--report",

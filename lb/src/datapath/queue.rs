@@ -103,6 +103,16 @@ impl HoldQueue {
         }
     }
 
+    /// Bytes waiting.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Sets another bound; what waits already stays.
+    pub fn set_max_bytes(&mut self, max_bytes: usize) {
+        self.limits.max_bytes = max_bytes;
+    }
+
     /// Puts a frame of a service of this mode in, or drops it or older ones as the limits say.
     pub fn push(&mut self, now: Instant, frame: &[u8], mode: Mode) {
         let most = self.limits.max_bytes;

@@ -20,21 +20,37 @@ const PART_OF_NEW: usize = 8;
 pub struct HoldQueues {
     known: HoldQueue,
     new: HoldQueue,
+    max_bytes: usize,
+    /// New connections have come, and have their part.
+    is_parted: bool,
 }
 
 impl HoldQueues {
     /// Empty ones, which have these limits together.
     pub fn new(limits: HoldLimits) -> Self {
-        let new = limits.max_bytes / PART_OF_NEW;
         Self {
-            known: HoldQueue::new(HoldLimits { max_bytes: limits.max_bytes - new, ..limits }),
-            new: HoldQueue::new(HoldLimits { max_bytes: new, ..limits }),
+            known: HoldQueue::new(limits),
+            new: HoldQueue::new(HoldLimits { max_bytes: 0, ..limits }),
+            max_bytes: limits.max_bytes,
+            is_parted: false,
         }
+    }
+
+    /// Gives new connections their part, or what is left of it.
+    fn part(&mut self) {
+        let new = (self.max_bytes / PART_OF_NEW).min(self.max_bytes - self.known.bytes());
+        self.known.set_max_bytes(self.max_bytes - new);
+        self.new.set_max_bytes(new);
+        self.is_parted = true;
     }
 
     /// Puts a frame of a service of this mode in, or drops it or older ones as the limits say.
     pub fn push(&mut self, now: Instant, frame: &[u8], mode: Mode) {
-        let queue = if opens(frame) { &mut self.new } else { &mut self.known };
+        let is_new = opens(frame);
+        if is_new && !self.is_parted {
+            self.part();
+        }
+        let queue = if is_new { &mut self.new } else { &mut self.known };
         queue.push(now, frame, mode);
     }
 
@@ -115,6 +131,19 @@ mod tests {
         }
         assert_eq!(ports, [3, 4, 1, 2]);
         assert_eq!(queues.counts().held_packets, 4);
+    }
+
+    #[test]
+    fn where_nobody_is_new_all_the_room_is_for_those_that_are_there() {
+        let (now, one) = (Instant::now(), frame(1, ACK));
+        let mut queues = HoldQueues::new(limits(10 * one.len()));
+        for port in 1..=10 {
+            queues.push(now, &frame(port, ACK), Mode::Nat);
+        }
+        assert_eq!((queues.len(), queues.counts().overflow), (10, 0));
+        // Nothing is left for who comes now.
+        queues.push(now, &frame(11, SYN), Mode::Nat);
+        assert_eq!((queues.len(), queues.counts().overflow), (10, 1));
     }
 
     #[test]

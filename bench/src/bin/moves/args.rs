@@ -144,7 +144,7 @@ mod tests {
         ]);
         let cases = args.cases();
         let told: Vec<_> = cases.iter().map(|(case, systems)| (case.resident_mb, systems.len())).collect();
-        assert_eq!(told, [(10, 2), (100, 2)]);
+        assert_eq!(told, [(10, 3), (100, 2)]);
         assert_eq!(args.limit(), Duration::from_secs(900));
     }
 
