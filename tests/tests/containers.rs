@@ -42,12 +42,7 @@ fn a_container_that_cannot_move_goes_on() {
     drill.fill();
     let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
     drill.rolled_back(&migration, "deadline");
-    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
-    drill.reaches(&id, "freeze");
-    let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
-    assert!((200..300).contains(&status), "{status}");
-    let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
-    drill.rolled_back(&migration, "abort");
+    drill.ends_when_aborted();
     drill.commits(Site::B);
     drill.commits(Site::A);
     drill.must_be_whole();

@@ -247,12 +247,7 @@ fn a_deadline_that_passes_ends_at_the_source() {
 fn an_abort_ends_at_the_source() {
     let drill = Drill::new(large());
     drill.fill();
-    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
-    drill.reaches(&id, "freeze");
-    let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
-    assert!((200..300).contains(&status), "{status}");
-    let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
-    drill.rolled_back(&migration, "abort");
+    drill.ends_when_aborted();
     drill.must_be_whole();
 }
 

@@ -72,6 +72,16 @@ impl Drill {
         self.goes_on();
     }
 
+    /// Called off in its freeze, a migration ends where it began.
+    pub fn ends_when_aborted(&self) {
+        let id = self.stack.start_migration(self.name(), Site::B, &Value::Null).unwrap();
+        self.reaches(&id, "freeze");
+        let (status, _) = self.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
+        assert!((200..300).contains(&status), "{status}");
+        let migration = self.stack.finished_migration(&id, LIMIT).unwrap();
+        self.rolled_back(&migration, "abort");
+    }
+
     /// Waits until every migration has come to its end: an open gate is not yet one.
     pub fn nothing_runs(&self) {
         wait_for(LIMIT, || {
