@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use crate::client::{AgentClient, chain};
 use crate::memory::read::{Image, Reader};
 use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
+use crate::system;
 
 /// What is read from an image at a time, and the largest HTTP/2 frame.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -194,7 +195,7 @@ impl Upload {
             Some((Ok::<_, Infallible>(Frame::data(chunk)), queue))
         });
         let body = StreamBody::new(frames).boxed_unsync();
-        tokio::spawn(async move {
+        system::spawn(async move {
             let answer = async {
                 let response = client.send(Method::POST, &path, body).await?;
                 client.accept(response).await

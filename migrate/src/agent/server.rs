@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json};
 use http::{StatusCode, header};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use super::admission::{self, HEALTH, IMAGES, MANIFEST, MEMORY};
 use super::door::{Caller, Door, Entered};
 use super::readiness::ReadinessError;
-use super::session::{Ask, Peer, Session, now_unix_us};
+use super::session::{Ask, Peer, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
@@ -31,6 +31,7 @@ use crate::protocol::{
     AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, Served,
     WorkloadState, WorkloadStatus, is_valid_id,
 };
+use crate::system::{self, Spawner, now_unix_us};
 use crate::workload::processes;
 use crate::workload::record::root_of;
 
@@ -58,7 +59,7 @@ pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::i
         // An answer in the freeze window must not wait for another to share its packet.
         stream.set_nodelay(true)?;
         let (door, router) = (door.clone(), router.clone());
-        tokio::spawn(async move {
+        system::spawn(async move {
             let ended = match door.let_in(stream).await {
                 Ok(Entered::Plain(stream)) => speak(stream, Caller::Anyone, false, router).await,
                 Ok(Entered::Tls { stream, caller, is_http2 }) => {
@@ -84,7 +85,7 @@ pub(crate) async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     is_http2: bool,
     router: axum::Router,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(Spawner);
     if is_http2 {
         // The settings are sent at once: the caller waits for them, see `tls::dial`.
         builder = builder.http2_only();
@@ -262,7 +263,7 @@ async fn prepare(
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "`peer_site` has to name the other agent's site"));
     }
     // On a task of its own: a coordinator that goes away must not leave half of it.
-    let done = tokio::spawn(get_ready(site.clone(), id, prepare)).await;
+    let done = system::spawn(get_ready(site.clone(), id, prepare)).await;
     done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
     Ok(Json(Prepared { site: site.config.site.clone() }))
 }

@@ -6,10 +6,11 @@ use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::time::Instant;
 
 use super::config::{self, Config, Kind, Workload};
 use super::containers;
@@ -22,6 +23,7 @@ use crate::decapsulator::{Decapsulator, DecapsulatorError};
 use crate::net::repair;
 use crate::net::silence::{Scope, Silence, SilenceError};
 use crate::protocol::{WorkloadState, WorkloadStatus};
+use crate::system;
 use crate::workload::cgroup::CgroupError;
 use crate::workload::container::{ContainerError, Runtime};
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
@@ -174,7 +176,7 @@ impl Site {
             offers: Mutex::default(),
         });
         let looking = site.clone();
-        tokio::spawn(async move { looking.look_at_criu().await });
+        system::spawn(async move { looking.look_at_criu().await });
         for workload in &site.config.workloads {
             let name = &workload.name;
             if site.adopt(name).await {
@@ -203,8 +205,8 @@ impl Site {
     async fn adopt(self: &Arc<Self>, name: &str) -> bool {
         let Some(holder) = self.records.find(name) else { return false };
         // If the former agent died in a migration, its CRIU is letting the workload go at this moment.
-        let until = std::time::Instant::now() + SEEN_LIMIT;
-        while root_of(holder).is_some_and(|root| root.tracer != 0) && std::time::Instant::now() < until {
+        let until = Instant::now() + SEEN_LIMIT;
+        while root_of(holder).is_some_and(|root| root.tracer != 0) && Instant::now() < until {
             tokio::time::sleep(LOOK_PAUSE).await;
         }
         for helper in record::stopped_helpers(holder) {
@@ -285,8 +287,8 @@ impl Site {
             }
         };
         // A program that cannot use its arguments or its address ends before anything else is done.
-        let until = std::time::Instant::now() + EARLY_END;
-        while std::time::Instant::now() < until {
+        let until = Instant::now() + EARLY_END;
+        while Instant::now() < until {
             if root_of(holder.pid()).is_none() {
                 let why = format!("{what:?} ended at once");
                 return Err(SiteError::Start { name: name.to_owned(), why });
@@ -482,7 +484,7 @@ impl Site {
             return;
         };
         let (site, name) = (Arc::downgrade(self), name.to_owned());
-        tokio::spawn(async move {
+        system::spawn(async move {
             processes::wait_pidfd(pidfd).await;
             let Some(site) = site.upgrade() else { return };
             let here = matches!(site.place(&name), Place::Running(now) if now == holder);

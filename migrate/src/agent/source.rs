@@ -1,17 +1,18 @@
 //! The source's driver: performs what [`crate::roles::source`] says, and tells it what happened.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::Method;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::images::{Folder, ImagesError, Upload};
 use super::readiness::ReadinessError;
-use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
+use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
@@ -27,6 +28,7 @@ use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{AgentEvent, Prepare, Role, Served, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
+use crate::system::{self, now_unix_us};
 use crate::workload::holder::HolderPid;
 use crate::workload::processes::{self, Process};
 use crate::workload::record::{Debt, Left};
@@ -117,7 +119,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     match ready {
         Ok((driver, news)) => {
             driver.show(&State::Ready);
-            tokio::spawn(driver.run(asks, news));
+            system::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
@@ -275,7 +277,7 @@ impl Driver {
                 said = next(&mut self.swrk) => self.heard(said).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
-                () = tokio::time::sleep_until(self.expires.into()) => {
+                () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
                     Some(Event::Expired)
                 }
@@ -322,7 +324,7 @@ impl Driver {
             Said::Ended(ended) => {
                 let at_unix_us = now_unix_us();
                 if let Some(swrk) = self.swrk.take() {
-                    tokio::spawn(swrk.end());
+                    system::spawn(swrk.end());
                 }
                 let (failed, in_flight) = match ended {
                     Ended::Well => (None, false),
@@ -459,7 +461,7 @@ impl Driver {
                 // Small images are on their way after the first poll, without waking another thread.
                 match (&mut sending).now_or_never() {
                     Some(sent) => report(sent),
-                    None => drop(tokio::spawn(async move { report(sending.await) })),
+                    None => drop(system::spawn(async move { report(sending.await) })),
                 }
             }
             Command::Report(event) => self.session.report(event),
@@ -515,7 +517,7 @@ impl Driver {
         event: impl FnOnce(Result<(), SilenceError>) -> Event + Send + 'static,
     ) {
         let (before, inner) = (self.rules.take(), self.inner.clone());
-        self.rules = Some(tokio::spawn(async move {
+        self.rules = Some(system::spawn(async move {
             if let Some(before) = before {
                 // It reports by itself how it went.
                 let _ = before.await;

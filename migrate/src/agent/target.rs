@@ -4,17 +4,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::config::Workload;
 use super::images::{Folder, ImagesError};
 use super::readiness::ReadinessError;
-use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
+use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
 use crate::criu::rpc::Kind;
@@ -23,6 +24,7 @@ use crate::net::repair;
 use crate::net::silence::{Armed, Silence, SilenceError};
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
+use crate::system::{self, now_unix_us};
 use crate::workload::cgroup::CgroupError;
 use crate::workload::holder::{Holder, HolderError, HolderPid};
 use crate::workload::record::root_of;
@@ -100,7 +102,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     match ready(site, &session, prepare).await {
         Ok((driver, news)) => {
             driver.show(&State::START);
-            tokio::spawn(driver.run(asks, news));
+            system::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
@@ -191,7 +193,7 @@ pub async fn fetch_later(site: &Site, session: &Session) -> Result<bool, Readine
             peer.url
         )));
     }
-    tokio::spawn(async move { pager.wait().await });
+    system::spawn(async move { pager.wait().await });
     session.ask(Ask::Fetch(Arc::new(end.into())));
     Ok(true)
 }
@@ -224,7 +226,7 @@ impl Driver {
                 said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
-                () = tokio::time::sleep_until(self.expires.into()) => {
+                () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
                     Some(Event::Expired)
                 }
@@ -310,7 +312,7 @@ impl Driver {
         match command {
             Command::Restore => {
                 if let Some(Muting::Armed(armed)) = self.muting.take() {
-                    self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
+                    self.muting = Some(Muting::Fired(system::spawn(armed.fire())));
                 }
                 if let Some(swrk) = &mut self.swrk
                     && let Err(error) = swrk.restore(self.is_lazy).await
@@ -459,7 +461,7 @@ impl Driver {
 /// Wipes images when the restored server has had time to answer its backlog: freeing them takes a processor that it
 /// needs more.
 fn wipe_later(folder: Folder) {
-    tokio::spawn(async move {
+    system::spawn(async move {
         tokio::time::sleep(WIPE_AFTER).await;
         // Nothing waits for it, and a failure is logged there.
         let _ = tokio::task::spawn_blocking(move || drop(folder)).await;
