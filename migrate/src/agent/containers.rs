@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use super::config::{Config, Workload};
-use super::site::{Site, SiteError};
+use super::linux::Linux;
+use super::site::SiteError;
 use crate::criu::relay::{self, Call};
 use crate::criu::rpc::Kind;
 use crate::criu::swrk::{Swrk, SwrkError};
@@ -22,7 +23,7 @@ pub fn runtime(config: &Config) -> std::io::Result<Runtime> {
     Ok(runtime)
 }
 
-impl Site {
+impl Linux {
     /// Fails unless what a container needs is here; gives its root file system's folder, `None` for a process.
     pub fn check_container(&self, workload: &Workload) -> Result<Option<PathBuf>, ContainerError> {
         let Some(container) = workload.container() else { return Ok(None) };
@@ -31,7 +32,7 @@ impl Site {
     }
 
     /// Gets ready for a container that is to run here from now on, and fails where it could not; a process needs nothing.
-    pub async fn make_room(&self, workload: &Workload) -> Result<(), ContainerError> {
+    pub(super) async fn make_container_room(&self, workload: &Workload) -> Result<(), ContainerError> {
         let Some(container) = workload.container() else { return Ok(()) };
         self.check_container(workload)?;
         // Of a former one that a killed agent left.
@@ -40,7 +41,7 @@ impl Site {
     }
 
     /// Starts CRIU for a dump or a restore, by itself or through the container's runtime; it waits to be told to begin.
-    pub async fn start_criu(
+    pub(super) async fn start_swrk(
         &self,
         workload: &Workload,
         kind: Kind,

@@ -68,6 +68,11 @@ pub fn open_root(state_dir: &Path) -> Result<PathBuf, ImagesError> {
     Ok(root)
 }
 
+/// Where CRIU's cache of the kernel's features is: with the images, since it holds for one boot.
+pub fn kernel_cache(root: &Path) -> PathBuf {
+    root.join("criu.kdat")
+}
+
 fn make_private(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }

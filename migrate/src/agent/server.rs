@@ -31,9 +31,8 @@ use crate::protocol::{
     AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, Served,
     WorkloadState, WorkloadStatus, is_valid_id,
 };
-use crate::system::{self, Spawner, now_unix_us};
+use crate::system::{self, Spawner, Stream, now_unix_us};
 use crate::workload::processes;
-use crate::workload::record::root_of;
 
 /// Images come faster than the default windows of HTTP/2 would let them: in one go, up to this much.
 const WINDOW_BYTES: u32 = 64 << 20;
@@ -75,6 +74,13 @@ pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::i
                 tracing::debug!(%peer, error = chain(&*error), "connection ended");
             }
         });
+    }
+}
+
+/// Answers one caller whom nobody has asked who it is, on a connection of a simulation.
+pub async fn answer(site: Arc<Site>, stream: Box<dyn Stream>) {
+    if let Err(error) = speak(stream, Caller::Anyone, false, router(site)).await {
+        tracing::debug!(error = chain(&*error), "connection ended");
     }
 }
 
@@ -356,7 +362,7 @@ async fn manifest(
     let received_unix_us = now_unix_us();
     let session = known_as(&site, &id, Role::Target)?;
     let wants_later = manifest.later;
-    site.may_enter(site.workload(&session.workload)?, manifest).await?;
+    site.host.may_enter(site.workload(&session.workload)?, manifest).await?;
     let later = wants_later && target::fetch_later(&site, &session).await?;
     Ok(Json(Welcome { later, received_unix_us, answered_unix_us: now_unix_us() }))
 }
@@ -365,7 +371,7 @@ async fn manifest(
 async fn memory(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<Body> {
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("migration {id:?} owes no memory"));
     let (workload, _) = site.debt(&id).ok_or_else(gone)?;
-    let root = site.records.find(&workload).and_then(root_of).ok_or_else(gone)?;
+    let root = site.root(&workload).ok_or_else(gone)?;
     let questions = request.into_body().into_data_stream();
     let done = {
         let (site, id) = (site.clone(), id.clone());

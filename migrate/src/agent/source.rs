@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::host::{Armed, Criu, Silencing};
 use super::images::{Folder, ImagesError, Upload};
 use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
@@ -19,12 +20,11 @@ use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::kernel_cache;
 use crate::criu::rpc::{Features, Kind};
-use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
+use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
 use crate::memory::layout::{self, EARLIER_FOLDER, Laid, LayoutError, Pages};
 use crate::memory::read::Image;
-use crate::net::drain::Queues;
-use crate::net::repair;
-use crate::net::silence::{Armed, Silence, SilenceError};
+use crate::net::drain::{DrainError, Queues};
+use crate::net::silence::SilenceError;
 use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{AgentEvent, Prepare, Role, Served, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
@@ -79,7 +79,7 @@ struct Driver {
     /// As the host counts.
     root: i32,
     folder: Folder,
-    swrk: Option<Swrk>,
+    swrk: Option<Box<dyn Criu>>,
     /// CRIU can leave the pages to us.
     leaves_pages: bool,
     /// When they go over.
@@ -89,7 +89,7 @@ struct Driver {
     /// The coordinator wants it released, and the target fetches memory.
     release_waits: bool,
     upload: Option<Upload>,
-    silence: Silence,
+    silence: Arc<dyn Silencing>,
     silence_timeout: Duration,
     armed: Option<Armed>,
     /// The last thing that was done with the rules; the next waits for it.
@@ -147,21 +147,21 @@ async fn ready(
     if holder.lacks_memory() {
         return Err(PrepareError::Indebted(workload.name));
     }
-    let manifest = site.may_leave(&workload, holder, &root).await?;
+    let manifest = site.host.may_leave(&workload, holder, &root).await?;
     let is_welcome_later = introduce(&client, &session.id, &manifest).await?;
 
-    let silence = site.silence(&workload);
+    let silence = site.host.silence(&workload);
     // A table of a former migration that was cut off would be in the way.
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = site.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
-    let leaves_pages = leave_pages(&mut swrk, holder).await?;
+    let mut swrk = site.host.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
+    let leaves_pages = leave_pages(&mut *swrk, holder).await?;
     holder.save_kernel_cache(&site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
         layout::write_earlier(folder.path(), processes::tree(root.pid).into_keys())?;
     }
-    start_dump(&mut swrk, root.inner_pid, leaves_pages).await?;
+    start_dump(&mut *swrk, root.inner_pid, leaves_pages).await?;
 
     let (inner, news) = mpsc::unbounded_channel();
     let failed = inner.clone();
@@ -197,7 +197,7 @@ async fn ready(
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
         images: Vec::new(),
-        queues: Some(queues_of(holder)),
+        queues: Some(site.host.queues(holder)),
     };
     Ok((driver, news))
 }
@@ -230,12 +230,8 @@ async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Resul
     Ok(later)
 }
 
-fn queues_of(holder: HolderPid) -> Queues {
-    Queues::of(&processes::descendants(holder.pid))
-}
-
 /// Sees to it that CRIU can be asked to leave pages out; false if it cannot.
-async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkError> {
+async fn leave_pages(swrk: &mut dyn Criu, holder: HolderPid) -> Result<bool, SwrkError> {
     let can = |features: Features| features.mem_track == Some(true);
     if can(swrk.warm().await?) {
         return Ok(true);
@@ -256,7 +252,7 @@ async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkErr
 }
 
 /// Begins a dump and waits until CRIU is in its pre-dump hook.
-async fn start_dump(swrk: &mut Swrk, pid: i32, leaves_pages: bool) -> Result<(), SwrkError> {
+async fn start_dump(swrk: &mut dyn Criu, pid: i32, leaves_pages: bool) -> Result<(), SwrkError> {
     swrk.dump(pid, leaves_pages.then_some(EARLIER_FOLDER)).await?;
     loop {
         match swrk.next().await {
@@ -389,34 +385,30 @@ impl Driver {
             Command::Yes => self.answer(true).await,
             Command::No => self.answer(false).await,
             Command::Drain => {
-                let (settle, inner, holder) = (self.settle, self.inner.clone(), self.holder);
-                let queues = self.queues.take();
-                tokio::task::spawn_blocking(move || {
-                    let queues = queues.unwrap_or_else(|| queues_of(holder));
-                    let drained = queues.drain(settle);
-                    // Before CRIU goes on: nobody else may hold these sockets then.
-                    drop(queues);
+                let inner = self.inner.clone();
+                let done = move |drained: Result<(), DrainError>| {
                     let _ = inner.send(match drained {
                         Ok(()) => Event::Drained,
                         Err(error) => Event::DrainFailed(chain(&error)),
                     });
-                });
+                };
+                self.site.host.drain(self.holder, self.queues.take(), self.settle, Box::new(done));
             }
             Command::Fence => {
-                repair::signal(self.holder.pid, Signal::SIGSTOP);
+                self.site.host.signal(self.holder, Signal::SIGSTOP);
                 let debt = || Debt { migration: self.session.id.clone(), to: self.peer_site.clone() };
                 let left = Left { debt: (self.later_bytes > 0).then(debt) };
                 self.site.mark_left(&self.workload.name, Some(&left));
             }
-            Command::Unfence => repair::signal(self.holder.pid, Signal::SIGCONT),
+            Command::Unfence => self.site.host.signal(self.holder, Signal::SIGCONT),
             Command::Revive => {
-                repair::reconnect(self.holder.pid);
-                repair::signal(self.holder.pid, Signal::SIGCONT);
+                self.site.host.reconnect(self.holder);
+                self.site.host.signal(self.holder, Signal::SIGCONT);
                 self.answer_for_criu();
             }
             Command::Kill => {
-                repair::disconnect(self.holder.pid).await;
-                repair::signal(self.holder.pid, Signal::SIGKILL);
+                self.site.host.disconnect(self.holder).await;
+                self.site.host.signal(self.holder, Signal::SIGKILL);
                 self.answer_for_criu();
             }
             Command::DumpAgain => self.dump_again().await,
@@ -425,8 +417,8 @@ impl Driver {
                     (self.armed.take(), self.silence.clone(), self.silence_timeout);
                 let fire = async move {
                     match armed {
-                        Some(armed) => armed.fire().await,
-                        None => silence.arm(timeout).await?.fire().await,
+                        Some(armed) => armed.await,
+                        None => silence.arm(timeout).await?.await,
                     }
                 };
                 self.change_rules(fire, |done| match done {
@@ -437,7 +429,7 @@ impl Driver {
             Command::Lift => {
                 if self.swrk.is_none() && matches!(state, State::Resuming { .. }) {
                     // A CRIU that was killed has left them in repair mode.
-                    repair::reconnect(self.holder.pid);
+                    self.site.host.reconnect(self.holder);
                 }
                 let silence = self.silence.clone();
                 self.change_rules(async move { silence.lift().await }, |done| {
@@ -492,9 +484,9 @@ impl Driver {
                 layout::write_earlier(self.folder.path(), tasks).map_err(|error| chain(&error))?;
             }
             let starting =
-                self.site.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
+                self.site.host.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
             let mut swrk = starting.await.map_err(|error| chain(&error))?;
-            start_dump(&mut swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
+            start_dump(&mut *swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)
         };
         let event = match start.await {
@@ -566,7 +558,7 @@ impl Driver {
 }
 
 /// Waits for CRIU, or forever where there is none.
-async fn next(swrk: &mut Option<Swrk>) -> Said {
+async fn next(swrk: &mut Option<Box<dyn Criu>>) -> Said {
     match swrk {
         Some(swrk) => swrk.next().await,
         None => std::future::pending().await,

@@ -13,21 +13,20 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::config::Workload;
+use super::host::{Armed, Criu, Held, Silencing};
 use super::images::{Folder, ImagesError};
 use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
 use crate::criu::rpc::Kind;
-use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
-use crate::net::repair;
-use crate::net::silence::{Armed, Silence, SilenceError};
+use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
+use crate::net::silence::SilenceError;
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
 use crate::system::{self, now_unix_us};
 use crate::workload::cgroup::CgroupError;
-use crate::workload::holder::{Holder, HolderError, HolderPid};
-use crate::workload::record::root_of;
+use crate::workload::holder::{HolderError, HolderPid};
 
 /// Why a target could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -67,13 +66,13 @@ struct Driver {
     session: Arc<Session>,
     holder_pid: HolderPid,
     /// Until it is told to stay.
-    holder: Option<Holder>,
+    holder: Option<Box<dyn Held>>,
     /// Wiped when the driver ends, or soon after.
     folder: Option<Folder>,
-    swrk: Option<Swrk>,
+    swrk: Option<Box<dyn Criu>>,
     patience: Duration,
     lease: Duration,
-    silence: Silence,
+    silence: Arc<dyn Silencing>,
     muting: Option<Muting>,
     /// Memory comes after the restore.
     is_lazy: bool,
@@ -83,7 +82,7 @@ struct Driver {
 
 /// Rules that keep a copy that may not run yet from being heard.
 enum Muting {
-    Armed(Box<Armed>),
+    Armed(Armed),
     Fired(JoinHandle<Result<(), SilenceError>>),
 }
 
@@ -93,8 +92,8 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     let workload = site.workload(name)?;
     give_up_former(site, name, id).await;
     site.check_absent(name)?;
-    site.check_address(workload)?;
-    site.make_room(workload).await.map_err(SiteError::from)?;
+    site.host.check_address(workload)?;
+    site.host.make_room(workload).await.map_err(SiteError::from)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));
@@ -134,16 +133,17 @@ async fn ready(
     session: &Arc<Session>,
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
-    site.check_criu().await?;
+    site.host.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
     let workload = site.workload(&prepare.workload)?;
-    let silence = site.silence(workload);
+    let silence = site.host.silence(workload);
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let muting = silence.arm_muting().await?;
-    let holder = Holder::start(None, &site.kernel_cache()).await?;
+    let holder = site.host.hold().await?;
     let cgroups = workload.make_cgroup()?;
-    let mut swrk = site.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, folder.path()).await?;
+    let mut swrk =
+        site.host.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, folder.path()).await?;
     let features = swrk.warm().await?;
     // It is prepared once.
     let _ = session.can_fetch.set(features.lazy_pages == Some(true));
@@ -159,7 +159,7 @@ async fn ready(
         patience: patience(prepare.hold_deadline_ms),
         lease: Duration::from_millis(prepare.lease_ms),
         silence,
-        muting: Some(Muting::Armed(Box::new(muting))),
+        muting: Some(Muting::Armed(muting)),
         is_lazy: false,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
@@ -272,7 +272,7 @@ impl Driver {
                     Ended::Failed { reason, .. } => Some(reason),
                 };
                 let is_starting = matches!(state, State::Committed(Committed::Starting { .. }));
-                if is_starting && failed.is_some() && root_of(self.holder_pid).is_some() {
+                if is_starting && failed.is_some() && self.site.host.root_of(self.holder_pid).is_some() {
                     // It was killed while it let go of the tasks, of which none was killed: they run without it.
                     let _ = self.inner.send(Event::CriuEnded { failed });
                     return Some(Event::HookPostResume { at_unix_us: now_unix_us() });
@@ -312,7 +312,7 @@ impl Driver {
         match command {
             Command::Restore => {
                 if let Some(Muting::Armed(armed)) = self.muting.take() {
-                    self.muting = Some(Muting::Fired(system::spawn(armed.fire())));
+                    self.muting = Some(Muting::Fired(system::spawn(armed)));
                 }
                 if let Some(swrk) = &mut self.swrk
                     && let Err(error) = swrk.restore(self.is_lazy).await
@@ -335,12 +335,12 @@ impl Driver {
                 self.answer().await;
             }
             Command::Yes => self.answer().await,
-            Command::Suspend => repair::suspend(self.holder_pid.pid).await,
-            Command::Continue => repair::signal(self.holder_pid.pid, Signal::SIGCONT),
+            Command::Suspend => self.site.host.suspend(self.holder_pid).await,
+            Command::Continue => self.site.host.signal(self.holder_pid, Signal::SIGCONT),
             Command::Drop => {
                 // With its connections out of repair mode: killed like this it would say so to every client.
-                repair::disconnect(self.holder_pid.pid).await;
-                if !self.holder_pid.kill().await {
+                self.site.host.disconnect(self.holder_pid).await;
+                if !self.site.host.kill(self.holder_pid).await {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }
                 self.holder = None;
@@ -468,7 +468,7 @@ fn wipe_later(folder: Folder) {
     });
 }
 
-async fn next(swrk: &mut Option<Swrk>) -> Said {
+async fn next(swrk: &mut Option<Box<dyn Criu>>) -> Said {
     match swrk {
         Some(swrk) => swrk.next().await,
         None => std::future::pending().await,

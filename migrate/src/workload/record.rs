@@ -40,11 +40,11 @@ impl Records {
     }
 
     /// The holder of a workload, if its record is there and the holder is alive; a stale record is removed.
-    pub fn find(&self, workload: &str) -> Option<HolderPid> {
+    pub fn find(&self, workload: &str, is_alive: impl Fn(HolderPid) -> bool) -> Option<HolderPid> {
         let path = self.path(workload);
         let holder = serde_json::from_slice::<HolderPid>(&std::fs::read(&path).ok()?);
         match holder {
-            Ok(holder) if holder.is_alive() => Some(holder),
+            Ok(holder) if is_alive(holder) => Some(holder),
             _ => {
                 self.remove(workload);
                 None
@@ -138,9 +138,9 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         let alive = HolderPid { pid, start_ticks: processes::start_ticks(pid).unwrap() };
         records.write("chat-1", alive).unwrap();
-        assert_eq!(records.find("chat-1"), Some(alive));
+        assert_eq!(records.find("chat-1", |holder| holder.is_alive()), Some(alive));
         records.write("chat-1", HolderPid { start_ticks: 1, ..alive }).unwrap();
-        assert_eq!(records.find("chat-1"), None);
+        assert_eq!(records.find("chat-1", |holder| holder.is_alive()), None);
         assert!(!folder.path().join("workloads/chat-1.json").exists());
         records.remove("chat-1");
     }
