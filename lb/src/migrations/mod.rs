@@ -472,6 +472,8 @@ fn broken(panic: &tokio::task::JoinError) -> Report {
 #[cfg(test)]
 mod script;
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 pub(crate) use script::{Play, Script};
 #[cfg(test)]
 mod tests;
