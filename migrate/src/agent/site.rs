@@ -373,10 +373,11 @@ impl Site {
 
     /// Kills a holder and forgets it.
     pub async fn forget(&self, name: &str, holder: HolderPid) {
-        self.records.remove(name);
+        // Not before: the agent may be killed in between, and the next one has to find what is left.
         if !self.host.kill(holder).await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
         }
+        self.records.remove(name);
         self.remove_remains(name).await;
     }
 
