@@ -29,12 +29,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use http::Method;
+use migrate::client::AgentClient;
+use migrate::protocol::{Part, Role, Served};
 use migrate::system;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use self::party::{BALANCER, NAMES, Parties};
-use self::wire::{Network, PARTIES};
+use self::wire::{LATENESS, Network, PARTIES};
 use self::world::{BACKEND, Broken, SITES, World};
 use super::{MigrationState, Wish};
 use crate::control::Policy;
@@ -91,6 +94,7 @@ async fn live(world: &Arc<World>) -> BTreeMap<&'static str, u64> {
     world.calm();
     while mending.join_next().await.is_some() {}
     world.note(format_args!("nothing breaks any more"));
+    tidy(world, &parties).await;
     settle(world, &parties).await;
     let before = count(&parties);
     if world.violation().is_none() {
@@ -109,8 +113,8 @@ async fn live(world: &Arc<World>) -> BTreeMap<&'static str, u64> {
 /// Migrations, there and back, of which some are called off.
 async fn operate(world: &Arc<World>, parties: &Arc<Parties>) {
     for _ in 0..1 + world.below(3) {
-        for _ in 0..world.below(4) {
-            world.break_in(world.below(160));
+        for _ in 0..world.below(5) {
+            world.break_in(world.below(200));
         }
         let id = move_it(world, parties).await;
         if world.below(6) == 0 {
@@ -200,7 +204,41 @@ async fn break_things(
                     }
                 };
                 world.fault(kind, format_args!("{kind}: all but {}, {time:?}", NAMES[link]));
+                mending.spawn(tokio::time::sleep(time + LATENESS));
             }
+        }
+    }
+}
+
+/// An operator reads the reports, and removes what a source could not be told to remove, as they say.
+async fn tidy(world: &Arc<World>, parties: &Arc<Parties>) {
+    let ended = async {
+        while parties.migrations().is_none_or(|migrations| migrations.running() > 0) {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    if tokio::time::timeout(SETTLE_LIMIT, ended).await.is_err() {
+        return world.violate(format_args!("in the end a migration does not end"));
+    }
+    let (Some(balancer), Some(migrations)) = (parties.life(BALANCER), parties.migrations()) else { return };
+    for migration in migrations.all() {
+        let view = migration.view();
+        let reason = view.report.and_then(|report| report.reason).unwrap_or_default();
+        if view.state != MigrationState::Committed || !reason.contains("remove it there") {
+            continue;
+        }
+        world.fault("source left to an operator", format_args!("{} is released by hand", view.id));
+        let agent = migrations.config.get().agent_at(&view.from).expect("it has one");
+        let part = Part { role: Role::Source, workload: BACKEND.to_owned() };
+        let path = format!("/v1/migrations/{}/release", view.id);
+        let release = async {
+            let client = AgentClient::new(&agent)?;
+            client.json::<_, Option<Served>>(Method::POST, &path, Some(&part), Duration::from_secs(5)).await
+        };
+        // Its agent may be starting at this moment.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        if let Err(error) = system::inside(balancer.clone(), release).await {
+            world.violate(format_args!("a source could not be released by hand: {error}"));
         }
     }
 }
