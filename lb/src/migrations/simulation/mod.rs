@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use http::Method;
 use migrate::client::AgentClient;
-use migrate::protocol::{Part, Role, Served};
+use migrate::protocol::{Part, Role};
 use migrate::system;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -39,7 +39,7 @@ use tokio::time::Instant;
 use self::party::{BALANCER, NAMES, Parties};
 use self::wire::{LATENESS, Network, PARTIES};
 use self::world::{BACKEND, Broken, SITES, World};
-use super::{MigrationState, Wish};
+use super::{MigrationState, Migrations, Verdict, Wish};
 use crate::control::Policy;
 
 /// How many seeds are played, unless `DROVER_SEEDS` says otherwise.
@@ -146,10 +146,35 @@ async fn move_it(world: &Arc<World>, parties: &Arc<Parties>) -> Option<String> {
                 }
                 Err(error) => world.note(format_args!("not begun: {error}")),
             }
+            resolve(world, &migrations, location).await;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     None
+}
+
+/// An operator who has waited long says now and then that the source's copy counts, where one in doubt has flipped; or
+/// who sees that it runs.
+async fn resolve(world: &Arc<World>, migrations: &Migrations, location: usize) {
+    for migration in migrations.all() {
+        let view = migration.view();
+        if view.state != MigrationState::InDoubt || view.report.is_some() || world.below(20) > 0 {
+            continue;
+        }
+        let is_flipped = view.to == SITES[location];
+        if !is_flipped && !world.runs_at(location) {
+            continue;
+        }
+        match migrations.resolve(&view.id, Verdict::RolledBack).await {
+            Ok(_) => {
+                world.fault("resolved by an operator", format_args!("{} is to go back", view.id));
+                if is_flipped {
+                    world.give_up_newest();
+                }
+            }
+            Err(error) => world.note(format_args!("not resolved: {error}")),
+        }
+    }
 }
 
 /// Breaks something whenever the world says that it is time.
@@ -174,7 +199,7 @@ async fn break_things(
                 );
                 parties.kill(party);
                 let (parties, after) =
-                    (parties.clone(), world.between(20, if long { 25_000 } else { 2_000 }));
+                    (parties.clone(), world.between(20, if long { 30_000 } else { 2_000 }));
                 mending.spawn(async move {
                     tokio::time::sleep(after).await;
                     parties.start(party);
@@ -188,7 +213,7 @@ async fn break_things(
             }
             which => {
                 let link = world.below(PARTIES as u64) as usize;
-                let time = world.between(20, if long { 20_000 } else { 4_000 });
+                let time = world.between(20, if long { 40_000 } else { 4_000 });
                 let kind = match which {
                     7 => {
                         network.cut(link, time);
@@ -224,21 +249,34 @@ async fn tidy(world: &Arc<World>, parties: &Arc<Parties>) {
     for migration in migrations.all() {
         let view = migration.view();
         let reason = view.report.and_then(|report| report.reason).unwrap_or_default();
-        if view.state != MigrationState::Committed || !reason.contains("remove it there") {
-            continue;
-        }
-        world.fault("source left to an operator", format_args!("{} is released by hand", view.id));
-        let agent = migrations.config.get().agent_at(&view.from).expect("it has one");
-        let part = Part { role: Role::Source, workload: BACKEND.to_owned() };
-        let path = format!("/v1/migrations/{}/release", view.id);
-        let release = async {
+        let (site, role, verb) = match view.state {
+            MigrationState::Committed if reason.contains("remove it there") => {
+                (&view.from, Role::Source, "release")
+            }
+            MigrationState::RolledBack if reason.contains("may hold a suspended copy") => {
+                (&view.to, Role::Target, "abort")
+            }
+            _ => continue,
+        };
+        world.fault("copy left to an operator", format_args!("{}: {verb} by hand at {site}", view.id));
+        let agent = migrations.config.get().agent_at(site).expect("it has one");
+        let part = Part { role, workload: BACKEND.to_owned() };
+        let path = format!("/v1/migrations/{}/{verb}", view.id);
+        let tell = async |path: String| {
             let client = AgentClient::new(&agent)?;
-            client.json::<_, Option<Served>>(Method::POST, &path, Some(&part), Duration::from_secs(5)).await
+            client
+                .json::<_, serde_json::Value>(Method::POST, &path, Some(&part), Duration::from_secs(5))
+                .await
         };
         // Its agent may be starting at this moment.
         tokio::time::sleep(Duration::from_secs(10)).await;
-        if let Err(error) = system::inside(balancer.clone(), release).await {
-            world.violate(format_args!("a source could not be released by hand: {error}"));
+        let mut told = system::inside(balancer.clone(), tell(path)).await;
+        if role == Role::Target && world.gate().is_some_and(|(location, _)| SITES[location] != *site) {
+            // An agent that was restarted knows nothing of the migration, but has the copy.
+            told = system::inside(balancer.clone(), tell(format!("/v1/workloads/{BACKEND}/stop"))).await;
+        }
+        if let Err(error) = told {
+            world.violate(format_args!("what was left at {site} could not be removed by hand: {error}"));
         }
     }
 }

@@ -248,6 +248,16 @@ impl World {
         Some((location, matches!(state.word.gate(), Gate::Forward | Gate::HoldNew | Gate::Replay)))
     }
 
+    /// Whether a copy runs at a site.
+    pub(super) fn runs_at(&self, site: usize) -> bool {
+        self.lock().places[site].copies.values().any(|copy| copy.runs() && !copy.escaped)
+    }
+
+    /// An operator has decided for an older state.
+    pub(super) fn give_up_newest(&self) {
+        self.lock().served = 0;
+    }
+
     /// Clients ask whoever they reach, and the rules are looked at.
     pub(super) fn look(&self) {
         let gate = self.gate();
