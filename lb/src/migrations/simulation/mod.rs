@@ -37,7 +37,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use self::party::{BALANCER, NAMES, Parties};
-use self::wire::{LATENESS, Network, PARTIES};
+use self::wire::{LATENESS, Network, PARTIES, link_of};
 use self::world::{BACKEND, Broken, SITES, World};
 use super::{MigrationState, Migrations, Verdict, Wish};
 use crate::control::Policy;
@@ -186,6 +186,20 @@ async fn break_things(
 ) {
     loop {
         world.due.notified().await;
+        if let Some(target) = world.take_aim() {
+            // As it comes to doubts: the target cannot be asked, and may lose its agent besides.
+            let time = world.between(1_000, 60_000);
+            world.fault(
+                "link cut at the flip",
+                format_args!("{} from the load balancer, {time:?}", SITES[target]),
+            );
+            network.cut(link_of(BALANCER, target + 1), time);
+            mending.spawn(tokio::time::sleep(time + LATENESS));
+            if world.below(2) == 0 {
+                world.break_in(world.below(6));
+            }
+            continue;
+        }
         let long = world.below(8) == 0;
         match world.below(10) {
             which @ 0..=4 => {
@@ -271,7 +285,8 @@ async fn tidy(world: &Arc<World>, parties: &Arc<Parties>) {
         // Its agent may be starting at this moment.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let mut told = system::inside(balancer.clone(), tell(path)).await;
-        if role == Role::Target && world.gate().is_some_and(|(location, _)| SITES[location] != *site) {
+        let location = world.gate().map_or(0, |(location, _)| location);
+        if role == Role::Target && *site != SITES[location] && world.has_copy(1 - location) {
             // An agent that was restarted knows nothing of the migration, but has the copy.
             told = system::inside(balancer.clone(), tell(format!("/v1/workloads/{BACKEND}/stop"))).await;
         }

@@ -70,7 +70,7 @@ pub(super) struct Network {
 }
 
 /// The link between two parties.
-fn link_of(one: usize, other: usize) -> usize {
+pub(super) fn link_of(one: usize, other: usize) -> usize {
     // Of three: the one that is neither of them gives the number.
     PARTIES - one - other
 }
