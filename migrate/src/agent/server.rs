@@ -223,6 +223,12 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body_<T>
 
 type Answer<T> = Result<T, Refusal>;
 
+/// Does something on a task of its own: a coordinator that goes away must not leave half of it.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
+    let done = system::spawn(work).await;
+    done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
+}
+
 async fn decapsulator(State(site): State<Arc<Site>>) -> Answer<Json<decapsulator::Status>> {
     site.decapsulator.as_ref().map(|running| Json(running.status())).ok_or_else(|| {
         Refusal::new(StatusCode::NOT_FOUND, "the agent's configuration has no section [decapsulator]")
@@ -230,11 +236,11 @@ async fn decapsulator(State(site): State<Arc<Site>>) -> Answer<Json<decapsulator
 }
 
 async fn start(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
-    Ok(site.start(&name).await?)
+    to_the_end(async move { Ok(site.start(&name).await?) }).await
 }
 
 async fn stop(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
-    Ok(site.stop(&name).await?)
+    to_the_end(async move { Ok(site.stop(&name).await?) }).await
 }
 
 async fn prepare(
@@ -268,9 +274,7 @@ async fn prepare(
     if !is_valid_id(&prepare.peer_site) {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "`peer_site` has to name the other agent's site"));
     }
-    // On a task of its own: a coordinator that goes away must not leave half of it.
-    let done = system::spawn(get_ready(site.clone(), id, prepare)).await;
-    done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
+    to_the_end(get_ready(site.clone(), id, prepare)).await?;
     Ok(Json(Prepared { site: site.config.site.clone() }))
 }
 
@@ -445,8 +449,7 @@ async fn confirm(
 ) -> Answer<Json<()>> {
     let Some(session) = site.session(&id) else {
         // An agent that was restarted after `go` has adopted what runs.
-        site.running(&part.workload)?;
-        site.mark_left(&part.workload, None);
+        site.confirm(&part.workload)?;
         return Ok(Json(()));
     };
     if runs_for_good(&session) {
@@ -501,7 +504,7 @@ async fn release(
     refuse_to_indebted(&site, &id)?;
     // It may have fallen back by itself before the word came, or its agent may have been restarted. The
     // target's copy is the one now.
-    site.stop_unheard(&part.workload).await?;
+    to_the_end(async move { Ok(site.stop_unheard(&part.workload).await?) }).await?;
     Ok(Json(served))
 }
 

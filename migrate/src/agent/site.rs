@@ -281,28 +281,49 @@ impl Site {
         if root.state != 'T' {
             return Ok(None);
         }
-        let mut offers = lock(&self.offers);
-        // Other numbers than the former agent's.
-        let number = offers.get(name).map_or(FIRST_OFFER, |(number, _)| number + 1);
-        offers.insert(name.to_owned(), (number, Instant::now()));
+        // Other numbers than former agents': whose offer is taken up too late must be known.
+        let number = self.records.next_offer(name, FIRST_OFFER)?;
+        lock(&self.offers).insert(name.to_owned(), (number, Instant::now()));
         Ok(Some(number))
     }
 
-    /// Lets such a copy run, if that offer was the last one and stands.
-    pub fn take_up(&self, name: &str, number: u32) -> Result<(), SiteError> {
+    /// Lets such a copy run, if that offer was the last one and stands: until its lease ends, unless it is confirmed.
+    pub fn take_up(self: &Arc<Self>, name: &str, number: u32) -> Result<(), SiteError> {
         let (holder, root) = self.running(name)?;
         if root.state != 'T' {
             return Ok(());
         }
-        let offer = lock(&self.offers).remove(name);
-        if !offer.is_some_and(|(known, since)| known == number && since.elapsed() < LEASE) {
+        let offer = lock(&self.offers).get(name).copied();
+        let Some((_, since)) = offer.filter(|(known, since)| *known == number && since.elapsed() < LEASE)
+        else {
             return Err(SiteError::Busy(
                 name.to_owned(),
                 "stopped",
                 "that offer of it is over: ask for another",
             ));
-        }
+        };
         self.revive(name, holder);
+        let (site, name) = (Arc::downgrade(self), name.to_owned());
+        system::spawn(async move {
+            tokio::time::sleep_until(since + LEASE).await;
+            let Some(site) = site.upgrade() else { return };
+            let is_leased = lock(&site.offers).get(&name).is_some_and(|(last, _)| *last == number);
+            let is_here = matches!(site.place(&name), Place::Running(now) if now == holder);
+            if is_leased && is_here {
+                tracing::warn!(workload = name, "suspended, since nobody confirmed it");
+                site.host.suspend(holder).await;
+            }
+        });
+        Ok(())
+    }
+
+    /// Such a copy is the one: it runs on.
+    pub fn confirm(&self, name: &str) -> Result<(), SiteError> {
+        if self.running(name)?.1.state == 'T' {
+            return Err(SiteError::Busy(name.to_owned(), "stopped", "take up an offer of it first"));
+        }
+        lock(&self.offers).remove(name);
+        self.mark_left(name, None);
         Ok(())
     }
 
@@ -373,10 +394,11 @@ impl Site {
 
     /// Kills a holder and forgets it.
     pub async fn forget(&self, name: &str, holder: HolderPid) {
-        self.records.remove(name);
+        // Not before: the agent may be killed in between, and the next one has to find what is left.
         if !self.host.kill(holder).await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
         }
+        self.records.remove(name);
         self.remove_remains(name).await;
     }
 

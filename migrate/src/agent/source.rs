@@ -270,7 +270,7 @@ impl Driver {
         while !matches!(state, State::Ended(_)) {
             let event = tokio::select! {
                 biased;
-                said = next(&mut self.swrk) => self.heard(said).await,
+                said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
                 () = tokio::time::sleep_until(self.expires) => {
@@ -292,7 +292,7 @@ impl Driver {
     }
 
     /// Turns what CRIU says into an event; what nobody needs to decide is answered here.
-    async fn heard(&mut self, said: Said) -> Option<Event> {
+    async fn heard(&mut self, said: Said, state: &State) -> Option<Event> {
         match said {
             Said::Hook(Hook::QueryExtFiles) => {
                 let at_unix_us = now_unix_us();
@@ -324,7 +324,13 @@ impl Driver {
                 }
                 let (failed, in_flight) = match ended {
                     Ended::Well => (None, false),
-                    Ended::Failed { reason, in_flight } => (Some(reason), in_flight),
+                    Ended::Failed { reason, in_flight, was_killed } => {
+                        if was_killed && matches!(state, State::Resuming { .. }) {
+                            // It was undoing its dump, and has left them in repair mode.
+                            self.site.host.reconnect(self.holder);
+                        }
+                        (Some(reason), in_flight)
+                    }
                 };
                 Some(Event::CriuEnded { at_unix_us, failed, in_flight })
             }

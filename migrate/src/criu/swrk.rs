@@ -111,6 +111,8 @@ pub enum Ended {
         reason: String,
         /// A connection in the accept queue was the reason.
         in_flight: bool,
+        /// It went away without a last word, so it has not tidied up.
+        was_killed: bool,
     },
 }
 
@@ -239,6 +241,7 @@ impl Swrk {
                 return Said::Ended(Ended::Failed {
                     reason: self.explain_error(&error),
                     in_flight: self.is_in_flight(),
+                    was_killed: true,
                 });
             }
         };
@@ -248,7 +251,8 @@ impl Swrk {
             }
             Response { success: true, .. } => Said::Ended(Ended::Well),
             failed => {
-                Said::Ended(Ended::Failed { reason: self.explain(&failed), in_flight: self.is_in_flight() })
+                let (reason, in_flight) = (self.explain(&failed), self.is_in_flight());
+                Said::Ended(Ended::Failed { reason, in_flight, was_killed: false })
             }
         }
     }

@@ -83,6 +83,15 @@ impl Records {
         }
     }
 
+    /// The number of a workload's next offer, greater than all before, whichever agent made them.
+    pub fn next_offer(&self, workload: &str, first: u32) -> io::Result<u32> {
+        let path = self.folder.join(format!("{workload}.offer"));
+        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.parse::<u32>().ok());
+        let next = last.map_or(first, |last| last + 1);
+        std::fs::write(path, next.to_string())?;
+        Ok(next)
+    }
+
     /// Removes a record; one that is not there is removed already.
     pub fn remove(&self, workload: &str) {
         if let Err(error) = std::fs::remove_file(self.path(workload))
@@ -143,6 +152,13 @@ mod tests {
         assert_eq!(records.find("chat-1", |holder| holder.is_alive()), None);
         assert!(!folder.path().join("workloads/chat-1.json").exists());
         records.remove("chat-1");
+    }
+
+    #[test]
+    fn an_offers_number_never_comes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let next = || Records::open(folder.path().to_owned()).unwrap().next_offer("chat-1", 7).unwrap();
+        assert_eq!([next(), next(), next()], [7, 8, 9]);
     }
 
     #[test]

@@ -66,12 +66,14 @@ impl SimulatedCriu {
     fn let_go(&mut self) {
         match (self.kind, self.stage) {
             (_, Stage::Over | Stage::Idle) => {}
-            (Kind::Restore, Stage::Asking(Hook::PreResume) | Stage::Working(_, Hook::PostResume)) => {
-                let is_let_go = matches!(self.stage, Stage::Working(..));
+            (Kind::Restore, Stage::Working(_, Hook::PostResume)) => {
+                self.change("let go by a CRIU that was killed", |copy| copy.frozen = false);
+            }
+            (Kind::Restore, Stage::Asking(Hook::PreResume)) => {
                 if self.host.world.below(2) == 0 {
                     self.change("runs without its CRIU", |copy| {
                         copy.frozen = false;
-                        copy.escaped = !is_let_go;
+                        copy.escaped = true;
                     });
                 } else {
                     self.host.world.end_tasks(self.host.site, self.holder, "dies with its CRIU");
@@ -87,7 +89,10 @@ impl SimulatedCriu {
     /// What it has come to; the end if it failed.
     fn arrive(&mut self, hook: Hook) -> Said {
         let world = self.host.world.clone();
-        let failed = |in_flight| Said::Ended(Ended::Failed { reason: "simulated".to_owned(), in_flight });
+        let failed = |in_flight| {
+            let reason = "simulated".to_owned();
+            Said::Ended(Ended::Failed { reason, in_flight, was_killed: false })
+        };
         match (self.kind, hook) {
             (Kind::Dump, Hook::QueryExtFiles) => self.change("frozen", |copy| {
                 copy.frozen = true;
@@ -135,7 +140,10 @@ impl SimulatedCriu {
         }
         match well {
             true => Said::Ended(Ended::Well),
-            false => Said::Ended(Ended::Failed { reason: "a hook has said no".to_owned(), in_flight: false }),
+            false => {
+                let reason = "a hook has said no".to_owned();
+                Said::Ended(Ended::Failed { reason, in_flight: false, was_killed: false })
+            }
         }
     }
 }
@@ -178,7 +186,7 @@ impl Criu for SimulatedCriu {
                 if self.is_killed() {
                     self.let_go();
                     let reason = "CRIU was killed".to_owned();
-                    return Said::Ended(Ended::Failed { reason, in_flight: false });
+                    return Said::Ended(Ended::Failed { reason, in_flight: false, was_killed: true });
                 }
                 let ready = async {
                     match wake_at {

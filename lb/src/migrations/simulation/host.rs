@@ -265,7 +265,11 @@ impl Drop for SimulatedHolder {
         match host.world.with(host.site, holder, |copy| copy.keep) {
             None | Some(Keep::Stays) => {}
             Some(Keep::Stops) => {
-                host.change(holder, "stopped by its pid 1", |copy| copy.stopped = true);
+                host.change(holder, "stopped by its pid 1", |copy| {
+                    copy.stopped = true;
+                    // Nobody is left whose end it could find.
+                    copy.keep = Keep::Stays;
+                });
             }
             Some(Keep::Dies) => host.world.remove(host.site, holder, "its pid 1 ends"),
         }

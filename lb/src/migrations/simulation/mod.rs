@@ -29,14 +29,17 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use http::Method;
+use migrate::client::AgentClient;
+use migrate::protocol::{Part, Role};
 use migrate::system;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use self::party::{BALANCER, NAMES, Parties};
-use self::wire::{Network, PARTIES};
+use self::wire::{LATENESS, Network, PARTIES, link_of};
 use self::world::{BACKEND, Broken, SITES, World};
-use super::{MigrationState, Wish};
+use super::{MigrationState, Migrations, Verdict, Wish};
 use crate::control::Policy;
 
 /// How many seeds are played, unless `DROVER_SEEDS` says otherwise.
@@ -91,6 +94,7 @@ async fn live(world: &Arc<World>) -> BTreeMap<&'static str, u64> {
     world.calm();
     while mending.join_next().await.is_some() {}
     world.note(format_args!("nothing breaks any more"));
+    tidy(world, &parties).await;
     settle(world, &parties).await;
     let before = count(&parties);
     if world.violation().is_none() {
@@ -109,8 +113,8 @@ async fn live(world: &Arc<World>) -> BTreeMap<&'static str, u64> {
 /// Migrations, there and back, of which some are called off.
 async fn operate(world: &Arc<World>, parties: &Arc<Parties>) {
     for _ in 0..1 + world.below(3) {
-        for _ in 0..world.below(4) {
-            world.break_in(world.below(160));
+        for _ in 0..world.below(5) {
+            world.break_in(world.below(200));
         }
         let id = move_it(world, parties).await;
         if world.below(6) == 0 {
@@ -142,10 +146,35 @@ async fn move_it(world: &Arc<World>, parties: &Arc<Parties>) -> Option<String> {
                 }
                 Err(error) => world.note(format_args!("not begun: {error}")),
             }
+            resolve(world, &migrations, location).await;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     None
+}
+
+/// An operator who has waited long says now and then that the source's copy counts, where one in doubt has flipped; or
+/// who sees that it runs.
+async fn resolve(world: &Arc<World>, migrations: &Migrations, location: usize) {
+    for migration in migrations.all() {
+        let view = migration.view();
+        if view.state != MigrationState::InDoubt || view.report.is_some() || world.below(20) > 0 {
+            continue;
+        }
+        let is_flipped = view.to == SITES[location];
+        if !is_flipped && !world.runs_at(location) {
+            continue;
+        }
+        match migrations.resolve(&view.id, Verdict::RolledBack).await {
+            Ok(_) => {
+                world.fault("resolved by an operator", format_args!("{} is to go back", view.id));
+                if is_flipped {
+                    world.give_up_newest();
+                }
+            }
+            Err(error) => world.note(format_args!("not resolved: {error}")),
+        }
+    }
 }
 
 /// Breaks something whenever the world says that it is time.
@@ -157,6 +186,20 @@ async fn break_things(
 ) {
     loop {
         world.due.notified().await;
+        if let Some(target) = world.take_aim() {
+            // As it comes to doubts: the target cannot be asked, and may lose its agent besides.
+            let time = world.between(1_000, 60_000);
+            world.fault(
+                "link cut at the flip",
+                format_args!("{} from the load balancer, {time:?}", SITES[target]),
+            );
+            network.cut(link_of(BALANCER, target + 1), time);
+            mending.spawn(tokio::time::sleep(time + LATENESS));
+            if world.below(2) == 0 {
+                world.break_in(world.below(6));
+            }
+            continue;
+        }
         let long = world.below(8) == 0;
         match world.below(10) {
             which @ 0..=4 => {
@@ -170,7 +213,7 @@ async fn break_things(
                 );
                 parties.kill(party);
                 let (parties, after) =
-                    (parties.clone(), world.between(20, if long { 25_000 } else { 2_000 }));
+                    (parties.clone(), world.between(20, if long { 30_000 } else { 2_000 }));
                 mending.spawn(async move {
                     tokio::time::sleep(after).await;
                     parties.start(party);
@@ -184,7 +227,7 @@ async fn break_things(
             }
             which => {
                 let link = world.below(PARTIES as u64) as usize;
-                let time = world.between(20, if long { 20_000 } else { 4_000 });
+                let time = world.between(20, if long { 40_000 } else { 4_000 });
                 let kind = match which {
                     7 => {
                         network.cut(link, time);
@@ -200,7 +243,55 @@ async fn break_things(
                     }
                 };
                 world.fault(kind, format_args!("{kind}: all but {}, {time:?}", NAMES[link]));
+                mending.spawn(tokio::time::sleep(time + LATENESS));
             }
+        }
+    }
+}
+
+/// An operator reads the reports, and removes what a source could not be told to remove, as they say.
+async fn tidy(world: &Arc<World>, parties: &Arc<Parties>) {
+    let ended = async {
+        while parties.migrations().is_none_or(|migrations| migrations.running() > 0) {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    if tokio::time::timeout(SETTLE_LIMIT, ended).await.is_err() {
+        return world.violate(format_args!("in the end a migration does not end"));
+    }
+    let (Some(balancer), Some(migrations)) = (parties.life(BALANCER), parties.migrations()) else { return };
+    for migration in migrations.all() {
+        let view = migration.view();
+        let reason = view.report.and_then(|report| report.reason).unwrap_or_default();
+        let (site, role, verb) = match view.state {
+            MigrationState::Committed if reason.contains("remove it there") => {
+                (&view.from, Role::Source, "release")
+            }
+            MigrationState::RolledBack if reason.contains("may hold a suspended copy") => {
+                (&view.to, Role::Target, "abort")
+            }
+            _ => continue,
+        };
+        world.fault("copy left to an operator", format_args!("{}: {verb} by hand at {site}", view.id));
+        let agent = migrations.config.get().agent_at(site).expect("it has one");
+        let part = Part { role, workload: BACKEND.to_owned() };
+        let path = format!("/v1/migrations/{}/{verb}", view.id);
+        let tell = async |path: String| {
+            let client = AgentClient::new(&agent)?;
+            client
+                .json::<_, serde_json::Value>(Method::POST, &path, Some(&part), Duration::from_secs(5))
+                .await
+        };
+        // Its agent may be starting at this moment.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let mut told = system::inside(balancer.clone(), tell(path)).await;
+        let location = world.gate().map_or(0, |(location, _)| location);
+        if role == Role::Target && *site != SITES[location] && world.has_copy(1 - location) {
+            // An agent that was restarted knows nothing of the migration, but has the copy.
+            told = system::inside(balancer.clone(), tell(format!("/v1/workloads/{BACKEND}/stop"))).await;
+        }
+        if let Err(error) = told {
+            world.violate(format_args!("what was left at {site} could not be removed by hand: {error}"));
         }
     }
 }

@@ -17,6 +17,13 @@ use super::world::World;
 /// The parties: the load balancer, and each site's agent.
 pub(super) const PARTIES: usize = 3;
 
+/// How late something is at most on a link that is slow.
+const SLOW_MS: u64 = 900;
+/// How long after a cut something is sent again at most.
+const RETRY_MS: u64 = 400;
+/// After so much nothing comes any more that was sent before.
+pub(super) const LATENESS: Duration = Duration::from_millis(SLOW_MS + RETRY_MS);
+
 /// What goes one way.
 #[derive(Default)]
 struct Way {
@@ -63,7 +70,7 @@ pub(super) struct Network {
 }
 
 /// The link between two parties.
-fn link_of(one: usize, other: usize) -> usize {
+pub(super) fn link_of(one: usize, other: usize) -> usize {
     // Of three: the one that is neither of them gives the number.
     PARTIES - one - other
 }
@@ -105,10 +112,10 @@ impl Network {
             let links = self.links.lock().unwrap();
             (links[link].cut_until, links[link].slow_until)
         };
-        let most_ms = if slow.is_some_and(|until| now < until) { 900 } else { 2 };
+        let most_ms = if slow.is_some_and(|until| now < until) { SLOW_MS } else { 2 };
         let from = match cut {
             // Sent again when that comes through, and it is not tried all the time.
-            Some(until) if now < until => until + self.world.between(0, 400),
+            Some(until) if now < until => until + self.world.between(0, RETRY_MS),
             _ => now,
         };
         from + self.world.between(0, most_ms)

@@ -108,6 +108,12 @@ pub(super) struct Inner {
     steps: u64,
     /// Steps at which something is to break.
     breaking: BTreeSet<u64>,
+    /// Where the gate led last.
+    location: usize,
+    /// Whether a flip may be answered with something aimed at it.
+    aiming: bool,
+    /// The target of a flip, of which that is due.
+    aim: Option<usize>,
     trace: Option<Vec<String>>,
     violation: Option<String>,
     pub(super) faults: BTreeMap<&'static str, u64>,
@@ -141,6 +147,9 @@ impl World {
             datapath: None,
             steps: 0,
             breaking: BTreeSet::new(),
+            location: 0,
+            aiming: true,
+            aim: None,
             trace: traced.then(Vec::new),
             violation: None,
             faults: BTreeMap::new(),
@@ -216,6 +225,7 @@ impl World {
     pub(super) fn calm(&self) {
         let mut inner = self.lock();
         inner.failing = 0;
+        inner.aiming = false;
         inner.breaking.clear();
     }
 
@@ -248,11 +258,40 @@ impl World {
         Some((location, matches!(state.word.gate(), Gate::Forward | Gate::HoldNew | Gate::Replay)))
     }
 
+    /// Whether there is any copy at a site.
+    pub(super) fn has_copy(&self, site: usize) -> bool {
+        self.lock().places[site].copies.values().any(|copy| copy.has_tasks)
+    }
+
+    /// Whether a copy runs at a site.
+    pub(super) fn runs_at(&self, site: usize) -> bool {
+        self.lock().places[site].copies.values().any(|copy| copy.runs() && !copy.escaped)
+    }
+
+    /// An operator has decided for an older state.
+    pub(super) fn give_up_newest(&self) {
+        self.lock().served = 0;
+    }
+
+    /// The target of a flip at which something is to be aimed.
+    pub(super) fn take_aim(&self) -> Option<usize> {
+        self.lock().aim.take()
+    }
+
     /// Clients ask whoever they reach, and the rules are looked at.
     pub(super) fn look(&self) {
         let gate = self.gate();
         let mut broken = None;
         let mut inner = self.lock();
+        if let Some((location, _)) = gate
+            && location != inner.location
+        {
+            inner.location = location;
+            if inner.aiming && inner.random.one_in(8) {
+                inner.aim = Some(location);
+                self.due.notify_one();
+            }
+        }
         let Inner { places, served, .. } = &mut *inner;
         let live = |place: &Place| place.copies.values().filter(|copy| copy.runs() && !copy.escaped).count();
         if places.iter().map(live).sum::<usize>() > 1 {
