@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use super::config::Workload;
 use super::readiness::ReadinessError;
@@ -89,6 +90,8 @@ pub trait Host: Debug + Send + Sync + 'static {
     fn reconnect(&self, holder: HolderPid);
     /// Where something may wait for a holder's workload that is in no checkpoint.
     fn queues(&self, holder: HolderPid) -> Queues;
+    /// Waits until then, as exactly as can be.
+    fn wait_until(&self, then: Instant) -> BoxFuture<'static, ()>;
     /// Waits for `settle` and until nothing waits in these queues, or else in those that the workload has by then.
     fn drain(&self, holder: HolderPid, queues: Option<Queues>, settle: Duration, done: Drained);
 }

@@ -26,7 +26,7 @@ use crate::memory::read::Image;
 use crate::net::drain::{DrainError, Queues};
 use crate::net::silence::SilenceError;
 use crate::protocol::manifest::{Manifest, Welcome};
-use crate::protocol::{AgentEvent, Prepare, Role, Served, WorkloadState};
+use crate::protocol::{AgentEvent, Prepare, Protocol, Role, Served, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
 use crate::system::{self, now_unix_us};
 use crate::workload::holder::HolderPid;
@@ -95,6 +95,8 @@ struct Driver {
     /// The last thing that was done with the rules; the next waits for it.
     rules: Option<JoinHandle<()>>,
     settle: Duration,
+    /// What was under way when the gate closed is here.
+    settled_at: Instant,
     patience: Duration,
     expires: Instant,
     /// From tasks of this driver.
@@ -193,6 +195,7 @@ async fn ready(
         silence_timeout,
         rules: None,
         settle: Duration::ZERO,
+        settled_at: Instant::now(),
         patience,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
@@ -399,7 +402,13 @@ impl Driver {
                         Err(error) => Event::DrainFailed(chain(&error)),
                     });
                 };
-                self.site.host.drain(self.holder, self.queues.take(), self.settle, Box::new(done));
+                self.settled_at = Instant::now() + self.settle;
+                let settle = match self.workload.protocol {
+                    // What comes to a frozen server's connection goes with it, so CRIU need not wait.
+                    Protocol::Tcp => Duration::ZERO,
+                    Protocol::Udp => self.settle,
+                };
+                self.site.host.drain(self.holder, self.queues.take(), settle, Box::new(done));
             }
             Command::Fence => {
                 self.site.host.signal(self.holder, Signal::SIGSTOP);
@@ -422,7 +431,9 @@ impl Driver {
             Command::Silence => {
                 let (armed, silence, timeout) =
                     (self.armed.take(), self.silence.clone(), self.silence_timeout);
+                let settled = self.site.host.wait_until(self.settled_at);
                 let fire = async move {
+                    settled.await;
                     match armed {
                         Some(armed) => armed.await,
                         None => silence.arm(timeout).await?.await,

@@ -21,6 +21,7 @@ use migrate::workload::container::ContainerError;
 use migrate::workload::holder::{HolderError, HolderPid};
 use migrate::workload::processes::Process;
 use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use super::criu::SimulatedCriu;
 use super::world::{Broken, Copy, Keep, World};
@@ -207,6 +208,10 @@ impl Host for SimulatedHost {
 
     fn queues(&self, _: HolderPid) -> Queues {
         Queues::of(&[])
+    }
+
+    fn wait_until(&self, then: Instant) -> BoxFuture<'static, ()> {
+        tokio::time::sleep_until(then).boxed()
     }
 
     fn drain(&self, _: HolderPid, _: Option<Queues>, settle: Duration, done: Drained) {
