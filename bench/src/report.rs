@@ -60,6 +60,9 @@ pub struct Coordinated {
     /// When the restored process ran, microseconds since the Unix epoch.
     #[serde(default)]
     pub running_at_unix_us: Option<i64>,
+    /// How long the server ran while some of its memory was only at the source, in milliseconds.
+    #[serde(default)]
+    pub exposed_ms: f64,
     /// Size of the checkpoint.
     #[serde(default)]
     pub image_bytes: u64,

@@ -25,6 +25,10 @@ pub struct Move {
     pub bytes: u64,
     /// From the order to its end.
     pub total_ms: f64,
+    /// The parts of that in their order, by whoever moved it.
+    pub phases_ms: Vec<(String, f64)>,
+    /// How long the server ran while some of its memory was only where it came from.
+    pub exposed_ms: f64,
 }
 
 impl Move {
@@ -47,6 +51,15 @@ pub struct Outcome {
     pub wrong_pages: u64,
 }
 
+/// A part of a move.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PhaseReport {
+    /// In the words of whoever moved the server.
+    pub name: String,
+    /// How long it took, over moves.
+    pub ms: Percentiles,
+}
+
 /// One system in one case.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CaseReport {
@@ -65,6 +78,10 @@ pub struct CaseReport {
     pub bytes: u64,
     /// From the order to its end; the median of the moves.
     pub total_ms: f64,
+    /// Where that goes.
+    pub phases: Vec<PhaseReport>,
+    /// How long the server ran while some of its memory was only where it came from, over moves.
+    pub exposed_ms: Percentiles,
     /// Moves that succeeded.
     pub committed: u64,
     /// Moves that did not.
@@ -131,6 +148,8 @@ impl CaseReport {
             added_stall_ms: over(|one| one.added_stalls_ms().collect()),
             bytes: over(|one| vec![one.bytes as f64]).p50 as u64,
             total_ms: over(|one| vec![one.total_ms]).p50,
+            phases: phases(&moves),
+            exposed_ms: over(|one| vec![one.exposed_ms]),
             committed: moves.len() as u64,
             failed,
             failures,
@@ -145,6 +164,22 @@ impl CaseReport {
     pub fn is_clean(&self) -> bool {
         self.committed > 0 && [self.failed, self.lost, self.resets, self.wrong_pages] == [0; 4]
     }
+}
+
+/// Each phase over the moves that had it, in the order of the first.
+fn phases(moves: &[Move]) -> Vec<PhaseReport> {
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in moves.iter().flat_map(|one| &one.phases_ms) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
+    }
+    let of = |name: &str| {
+        let all = moves.iter().flat_map(|one| &one.phases_ms);
+        all.filter(|(other, _)| other == name).map(|(_, ms)| *ms).collect()
+    };
+    let report = |name: &str| PhaseReport { name: name.to_owned(), ms: rounded(Percentiles::of(of(name))) };
+    names.into_iter().map(report).collect()
 }
 
 /// To the microsecond: what is behind that is no measurement.
@@ -181,6 +216,20 @@ impl Report {
                 (row.lost + row.wrong_pages).to_string(),
                 row.resets.to_string(),
             ]);
+        }
+        table
+    }
+
+    /// Where the time of each system's moves goes, for a terminal.
+    pub fn phases(&self) -> Table {
+        let mut table = Table::new();
+        table.row(["", "system", "its phases, p50 in ms"]);
+        for row in self.cases.iter().filter(|row| !row.phases.is_empty()) {
+            let phases = row.phases.iter().map(|phase| format!("{} {}", phase.name, number(phase.ms.p50)));
+            let exposed =
+                (row.exposed_ms.max > 0.0).then(|| format!("(exposed {})", number(row.exposed_ms.p50)));
+            let cells: Vec<String> = phases.chain(exposed).collect();
+            table.row([row.case.label(), row.system.clone(), cells.join("  ")]);
         }
         table
     }
@@ -248,7 +297,8 @@ pub(super) mod constructed {
 
     /// A row of two moves with this freeze and this stall.
     pub fn row(system: &str, case: Case, freeze_ms: f64, stall_ms: f64) -> CaseReport {
-        let one = Move { freeze_ms, stalls_ms: vec![stall_ms], bytes: 1 << 20, total_ms: 2.0 * stall_ms };
+        let (stalls_ms, bytes, total_ms) = (vec![stall_ms], 1 << 20, 2.0 * stall_ms);
+        let one = Move { freeze_ms, stalls_ms, bytes, total_ms, ..Move::default() };
         CaseReport::new(system, case, Outcome { moves: vec![one.clone(), one], ..Outcome::default() })
     }
 }
@@ -271,6 +321,8 @@ mod tests {
             stalls_ms: stalls_ms.to_vec(),
             bytes: 1000,
             total_ms: 100.0,
+            phases_ms: vec![("prepare".to_owned(), 80.0), ("freeze".to_owned(), freeze_ms)],
+            exposed_ms: 0.0,
         };
         let moves = vec![one(10.0, &[11.0, 12.0]), one(20.0, &[19.0, 25.0]), one(12.0, &[13.0, 14.0])];
         let row = CaseReport::new("drover", SMALL, Outcome { moves, ..Outcome::default() });
@@ -278,6 +330,8 @@ mod tests {
         assert_eq!((row.stall_ms.p50, row.stall_ms.p99), (13.0, 25.0));
         assert_eq!((row.added_stall_ms.p50, row.added_stall_ms.max), (1.0, 5.0));
         assert_eq!((row.bytes, row.total_ms, row.committed), (1000, 100.0, 3));
+        let phases: Vec<_> = row.phases.iter().map(|phase| (phase.name.as_str(), phase.ms.p50)).collect();
+        assert_eq!(phases, [("prepare", 80.0), ("freeze", 12.0)]);
         assert!(row.is_clean());
     }
 

@@ -10,7 +10,7 @@ use bench::moves::clients::{self, Clients};
 use bench::moves::exchange::{Answer, Ask};
 use bench::moves::report::{Move, Outcome};
 
-use crate::systems::{Place, System};
+use crate::systems::{Moved, Place, System};
 
 /// Before each move: pages are rewritten, and all connections are at work.
 const CALM: Duration = Duration::from_millis(300);
@@ -75,7 +75,7 @@ impl Measured {
         self.clients.watch();
         let (from, counts) = (self.place.site(), self.clients.counts());
         let before = self.place.lab().sent_between(from)?;
-        let total = self.place.move_over(interrupt)?;
+        let moved = self.place.move_over(interrupt)?;
         let bytes = self.place.lab().sent_between(from)? - before;
         self.settle(interrupt)?;
         let stalls_ms = self.clients.stalls_ms();
@@ -85,7 +85,9 @@ impl Measured {
             bail!("the server moved, but {broke} connections broke and {lost} requests were lost");
         }
         let freeze_ms = self.ask(Ask::Rest)?.longest_gap_ns as f64 / 1e6;
-        Ok(Move { freeze_ms, stalls_ms, bytes, total_ms: total.as_secs_f64() * 1e3 })
+        let Moved { total, phases_ms, exposed_ms } = moved;
+        let total_ms = total.as_secs_f64() * 1e3;
+        Ok(Move { freeze_ms, stalls_ms, bytes, total_ms, phases_ms, exposed_ms })
     }
 
     /// The end: whatever still waits for an answer is lost, and the memory has to be as it was written.

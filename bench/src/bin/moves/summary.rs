@@ -18,6 +18,7 @@ pub fn text(report: &Report) -> String {
         "\np50 over moves, and p99, which is the longest where there are less than 100\n{}",
         report.table()
     );
+    _ = write!(out, "\nWhere the time goes\n{}", report.phases());
     for row in report.cases.iter().filter(|row| !row.failures.is_empty()) {
         row.failures
             .iter()

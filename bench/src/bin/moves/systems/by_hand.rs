@@ -14,7 +14,7 @@ use lab::{Lab, Site, address, processors, wait_for};
 use migrate::criu::program::Program;
 
 use super::host::Host;
-use super::{Place, link, own_program, server_address, server_arguments};
+use super::{Moved, Place, link, own_program, server_address, server_arguments};
 
 /// The script.
 pub const SCRIPT: &str = include_str!("move.sh");
@@ -170,7 +170,7 @@ impl Place for ByHand {
         self.site
     }
 
-    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Duration> {
+    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Moved> {
         self.moves += 1;
         let start = Instant::now();
         let mut script = Process::spawn(&format!("move-{}", self.moves), self.lab.dir(), self.command())?;
@@ -187,8 +187,20 @@ impl Place for ByHand {
             bail!("the script failed ({status}): {}", script.log_tail(5));
         }
         self.site = self.site.other();
-        Ok(start.elapsed())
+        let total = start.elapsed();
+        let said = std::fs::read_to_string(script.log()).context("cannot read what the script said")?;
+        Ok(Moved { total, phases_ms: steps(&said), exposed_ms: 0.0 })
     }
+}
+
+/// The script's steps: it says when each begins, in seconds, and when it is over.
+fn steps(said: &str) -> Vec<(String, f64)> {
+    let step = |line: &str| {
+        let (name, at) = line.strip_prefix("step ")?.split_once(' ')?;
+        Some((name.to_owned(), at.parse::<f64>().ok()?))
+    };
+    let begun: Vec<_> = said.lines().filter_map(step).collect();
+    begun.windows(2).map(|pair| (pair[0].0.clone(), (pair[1].1 - pair[0].1) * 1e3)).collect()
 }
 
 impl Drop for ByHand {
@@ -227,4 +239,15 @@ fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
     std::fs::write(path, text)
         .and_then(|()| std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)))
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_last_until_the_next_one() {
+        let said = "step checkpoint 100.250000\nWarn: rlimit\nstep copy 100.500000\nstep end 101.750000\n";
+        assert_eq!(steps(said), [("checkpoint".to_owned(), 250.0), ("copy".to_owned(), 1250.0)]);
+    }
 }

@@ -12,7 +12,7 @@ use lab::{Lab, Site, address, processors};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{PORT, Place, link, own_program, server_address, server_arguments};
+use super::{Moved, PORT, Place, link, own_program, server_address, server_arguments};
 
 /// The backend's name.
 const BACKEND: &str = "server";
@@ -108,7 +108,7 @@ impl Place for Placed {
         self.site
     }
 
-    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Duration> {
+    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Moved> {
         let id = self.stack.start_migration(BACKEND, self.site.other(), &Value::Null)?;
         let (phases, report) = self.finished(&id, interrupt)?;
         if report.outcome != Outcome::Committed {
@@ -117,6 +117,11 @@ impl Place for Placed {
         }
         self.site = self.site.other();
         let end_ms = phases.iter().filter_map(|phase| phase.end_ms).fold(0.0, f64::max);
-        Ok(Duration::from_secs_f64(end_ms / 1e3))
+        let length = |phase: Phase| Some((phase.name, phase.end_ms? - phase.start_ms));
+        Ok(Moved {
+            total: Duration::from_secs_f64(end_ms / 1e3),
+            phases_ms: phases.into_iter().filter_map(length).collect(),
+            exposed_ms: report.exposed_ms,
+        })
     }
 }

@@ -34,6 +34,17 @@ pub enum System {
     Runc,
 }
 
+/// What a move took, as whoever moved the server tells it.
+#[derive(Debug)]
+pub struct Moved {
+    /// From the order to its end.
+    pub total: Duration,
+    /// Its parts in their order, in milliseconds.
+    pub phases_ms: Vec<(String, f64)>,
+    /// How long some of the memory was only where the server came from, in milliseconds.
+    pub exposed_ms: f64,
+}
+
 /// A lab in which a server runs that one system moves.
 pub trait Place {
     /// The lab.
@@ -45,8 +56,8 @@ pub trait Place {
     /// Where the server is.
     fn site(&self) -> Site;
 
-    /// Moves it to the other site; says how long that took, from the order to its end.
-    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Duration>;
+    /// Moves it to the other site.
+    fn move_over(&mut self, interrupt: &Interrupt) -> anyhow::Result<Moved>;
 }
 
 impl System {

@@ -5,6 +5,7 @@
 # What is ready before the server stops: the receiver of the images, CRIU's cache of the kernel's features, folders in
 # memory. What keeps connections alive: CRIU's firewall rules at the source, which stay until clients' packets go to the
 # target; without them the kernel there would answer with resets.
+export LC_ALL=C
 set -Eeuo pipefail
 
 # At a site, which is a process there.
@@ -12,6 +13,11 @@ at() {
     local host=$1
     shift
     taskset --cpu-list "$SITE_PROCESSORS" nsenter --target "$host" --net --mount --pid -- "$@"
+}
+
+# Says when a step begins.
+step() {
+    echo "step $1 $EPOCHREALTIME"
 }
 
 # After a checkpoint CRIU's rules are left behind; they would be in the way of the way back.
@@ -33,12 +39,14 @@ give_up() {
 }
 trap 'set +e; give_up' ERR
 
+step prepare
 rm -rf "$FROM_FILES/images" "$TO_FILES/images" "$FROM_FILES/work" "$TO_FILES/work"
 mkdir -p "$FROM_FILES/images" "$FROM_FILES/work" "$TO_FILES/images" "$TO_FILES/work"
 at "$TO" sh -c 'nc -l "$0" "$1" | tar -x -B -b 2048 -C "$2"' "$TO_ADDRESS" "$COPY_PORT" "$TO_FILES/images" &
 receiver=$!
 until listens; do sleep 0.002; done
 
+step checkpoint
 case $SYSTEM in
 script)
     at "$FROM" criu dump --tree "$SERVER_PID" --images-dir "$FROM_FILES/images" --work-dir "$FROM_FILES/work" \
@@ -51,9 +59,11 @@ runc)
     ;;
 esac
 
+step copy
 at "$FROM" sh -c 'tar -c -b 2048 -C "$0" . | nc -N "$1" "$2"' "$FROM_FILES/images" "$TO_ADDRESS" "$COPY_PORT"
 wait "$receiver"
 
+step restore
 case $SYSTEM in
 script)
     at "$TO" criu restore --restore-detached --images-dir "$TO_FILES/images" --work-dir "$TO_FILES/work" \
@@ -65,6 +75,8 @@ runc)
     ;;
 esac
 
+step route
 ip -n "$ROUTER" route replace "$SERVER_ADDRESS" via "$TO_ADDRESS"
 unlock "$FROM"
 rm -rf "$FROM_FILES/images" "$TO_FILES/images"
+step end
