@@ -477,6 +477,12 @@ fn gone(error: SiteError) -> Refusal {
 }
 
 fn not_for_this(session: &Session) -> Refusal {
+    let was = |told: fn(&AgentEvent) -> bool| session.find(|event| told(event).then_some(())).is_some();
+    let has_run = was(|event| matches!(event, AgentEvent::Running(_)));
+    if was(|event| *event == AgentEvent::Dropped) && !has_run {
+        // The coordinator may not have heard of it.
+        return Refusal::new(StatusCode::GONE, "the copy was dropped before it ran");
+    }
     let state = session.view().state;
     Refusal::new(StatusCode::CONFLICT, format!("the migration is {state:?} here, which this does not fit"))
 }
