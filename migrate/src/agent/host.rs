@@ -129,8 +129,10 @@ pub trait Criu: Send + Sync {
     fn warm(&mut self) -> BoxFuture<'_, Result<Features, SwrkError>>;
     /// Begins to dump the tree of `pid`.
     fn dump<'a>(&'a mut self, pid: i32, parent: Option<&'a str>) -> BoxFuture<'a, Result<(), SwrkError>>;
-    /// Begins to restore.
+    /// Begins to restore, as far as that goes without images.
     fn restore(&mut self, is_lazy: bool) -> BoxFuture<'_, Result<(), SwrkError>>;
+    /// Goes on with a restore: the images are there.
+    fn take_images(&mut self) -> Result<(), SwrkError>;
     /// Waits for what it says next. May be dropped and called again.
     fn next(&mut self) -> BoxFuture<'_, Said>;
     /// Answers its question.
@@ -150,6 +152,10 @@ impl Criu for Swrk {
 
     fn restore(&mut self, is_lazy: bool) -> BoxFuture<'_, Result<(), SwrkError>> {
         self.restore(is_lazy).boxed()
+    }
+
+    fn take_images(&mut self) -> Result<(), SwrkError> {
+        self.take_images()
     }
 
     fn next(&mut self) -> BoxFuture<'_, Said> {

@@ -17,6 +17,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use tokio::sync::mpsc;
 
 use crate::client::{AgentClient, chain};
+use crate::criu::latch::received_as;
 use crate::memory::read::{Image, Reader};
 use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
 use crate::system;
@@ -148,7 +149,7 @@ impl Folder {
                             .create(true)
                             .truncate(true)
                             .mode(0o600)
-                            .open(path.join(&name));
+                            .open(path.join(received_as(&name)));
                         let file = file.map_err(|error| ImagesError::File(name.clone(), error))?;
                         current = Some((name, file));
                     }

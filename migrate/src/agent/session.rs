@@ -44,6 +44,8 @@ pub enum Ask {
     Fetch(Arc<OwnedFd>),
     /// Source: the target has all memory.
     Served,
+    /// Target: the source has opened the way of the images.
+    ImagesExpected,
     /// Target: the images' first bytes have come.
     ImagesBegun,
     /// Target: the images are complete.

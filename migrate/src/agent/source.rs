@@ -344,8 +344,8 @@ impl Driver {
             // CRIU says then what it lacks, and the tasks run again.
             tracing::error!(error = chain(&error), "CRIU could not be told to leave the memory out");
         }
-        for pid in tasks.values() {
-            // Where the kernel tracks changes, nothing may have changed since. Elsewhere it does nothing.
+        // Where the kernel tracks changes, nothing may have changed since.
+        for pid in tasks.values().filter(|_| kernel_cache::tracks_changes()) {
             let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "4");
         }
     }
@@ -380,6 +380,7 @@ impl Driver {
             | Ask::Go { .. }
             | Ask::Confirm
             | Ask::Fetch(_)
+            | Ask::ImagesExpected
             | Ask::ImagesBegun
             | Ask::ImagesComplete { .. }
             | Ask::ImagesFailed(_) => None,

@@ -204,6 +204,7 @@ pub async fn receive<E: std::fmt::Display>(
     session: &Session,
     stream: impl futures_util::Stream<Item = Result<bytes::Bytes, E>> + Unpin,
 ) -> Result<(), ImagesError> {
+    session.ask(Ask::ImagesExpected);
     let path = site.images.join(&session.id);
     match Folder::receive(&path, stream, || session.ask(Ask::ImagesBegun)).await {
         Ok(sent_bytes) => {
@@ -225,7 +226,7 @@ impl Driver {
                 biased;
                 said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
-                Some(ask) = asks.recv() => self.asked(ask),
+                Some(ask) = asks.recv() => self.asked(ask).await,
                 () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
                     Some(Event::Expired)
@@ -282,7 +283,7 @@ impl Driver {
         }
     }
 
-    fn asked(&mut self, ask: Ask) -> Option<Event> {
+    async fn asked(&mut self, ask: Ask) -> Option<Event> {
         match ask {
             Ask::Offer => Some(Event::Offer),
             Ask::Go { offer } => Some(Event::Go { offer }),
@@ -294,6 +295,14 @@ impl Driver {
                     // Without its guard the pager goes away, and the restore says that it is not there.
                     Some(Err(error)) => tracing::error!(error = chain(&error), "nobody guards the memory"),
                     None => {}
+                }
+                None
+            }
+            Ask::ImagesExpected => {
+                if let Some(swrk) = &mut self.swrk
+                    && let Err(error) = swrk.restore(self.is_lazy).await
+                {
+                    tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
                 }
                 None
             }
@@ -315,9 +324,9 @@ impl Driver {
                     self.muting = Some(Muting::Fired(system::spawn(armed)));
                 }
                 if let Some(swrk) = &mut self.swrk
-                    && let Err(error) = swrk.restore(self.is_lazy).await
+                    && let Err(error) = swrk.take_images()
                 {
-                    tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
+                    tracing::warn!(error = chain(&error), "CRIU could not be asked to go on");
                 }
             }
             Command::Keep => {

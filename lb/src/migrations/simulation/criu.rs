@@ -168,8 +168,12 @@ impl Criu for SimulatedCriu {
     }
 
     fn restore(&mut self, _: bool) -> BoxFuture<'_, Result<(), SwrkError>> {
-        self.work(5, 100, Hook::PreResume);
         async { Ok(()) }.boxed()
+    }
+
+    fn take_images(&mut self) -> Result<(), SwrkError> {
+        self.work(5, 100, Hook::PreResume);
+        Ok(())
     }
 
     fn next(&mut self) -> BoxFuture<'_, Said> {
