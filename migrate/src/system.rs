@@ -60,6 +60,14 @@ pub fn inherit<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
     }
 }
 
+/// Does something on a thread that may wait. A process of a simulation does it at once, so that it is always at one time.
+pub fn detach(work: impl FnOnce() + Send + 'static) {
+    match current() {
+        Some(_) => work(),
+        None => drop(tokio::task::spawn_blocking(work)),
+    }
+}
+
 /// Starts tasks for hyper.
 #[derive(Clone, Copy, Debug)]
 pub struct Spawner;

@@ -202,6 +202,23 @@ async fn an_aborted_migration_never_flips() {
     cutover.resume("chat-1", held).unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_way_back_does_not_end_with_the_holds_deadline() {
+    let test = TestControl::new();
+    use migrate::coordinator::Cutover as _;
+    let journal = Arc::new(Journal::at("/nowhere".as_ref()));
+    let (cutover, _orders) = MigrationCutover::new(test.control.clone(), journal, "m-1".into(), false);
+    let hold = HoldRequest { deadline: Duration::from_secs(5), policy: migrate::coordinator::Policy::Hold };
+    cutover.stage("chat-1", "fra").unwrap();
+    cutover.flip("chat-1", cutover.hold("chat-1", hold).unwrap(), "fra").unwrap();
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let held = cutover.hold("chat-1", hold).unwrap();
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(matches!(test.control.state("chat-1"), Ok(State::Expired { .. })));
+    cutover.flip("chat-1", held, "ams").unwrap();
+    assert_eq!(test.control.sites_of("chat-1").unwrap().0.as_deref(), Some("ams"));
+}
+
 #[tokio::test]
 async fn a_broken_coordinator_is_in_doubt() {
     let test = Test::new(Play::Panic);

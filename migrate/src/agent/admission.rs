@@ -11,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use http::{Method, StatusCode};
 
 use super::door::Caller;
-use super::server::{Refusal, known_as};
+use super::refusal::Refusal;
+use super::server::known_as;
 use super::site::Site;
 use crate::protocol::Role;
 use crate::tls::Identity;

@@ -2,7 +2,7 @@
 //!
 //! * [`config`] reads `agent.toml`.
 //! * [`door`]: who calls; [`admission`]: what that one may ask for.
-//! * [`server`]: the HTTP API.
+//! * [`server`]: the HTTP API, `refusal`: its errors.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
 //! * [`host`]: what is done to the host, [`linux`]: how.
 //! * [`containers`]: what is done in another way with workloads that are containers.
@@ -21,6 +21,7 @@ pub mod host;
 pub mod images;
 pub mod linux;
 pub mod readiness;
+pub(crate) mod refusal;
 pub mod server;
 pub mod session;
 pub mod site;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -19,7 +18,7 @@ use tokio::net::TcpListener;
 
 use super::admission::{self, HEALTH, IMAGES, MANIFEST, MEMORY};
 use super::door::{Caller, Door, Entered};
-use super::readiness::ReadinessError;
+use super::refusal::Refusal;
 use super::session::{Ask, Peer, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
@@ -28,8 +27,8 @@ use crate::decapsulator;
 use crate::memory::serve;
 use crate::protocol::manifest::{Manifest, Welcome};
 use crate::protocol::{
-    AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, Served,
-    WorkloadState, WorkloadStatus, is_valid_id,
+    AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Role, Running, Served, WorkloadState,
+    WorkloadStatus, is_valid_id,
 };
 use crate::system::{self, Spawner, Stream, now_unix_us};
 use crate::workload::processes;
@@ -135,78 +134,6 @@ fn router(site: Arc<Site>) -> axum::Router {
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is nothing at this path"))
         .layer(axum::middleware::from_fn_with_state(site.clone(), admission::admit))
         .with_state(site)
-}
-
-/// An error as the API shows it.
-pub(super) struct Refusal {
-    status: StatusCode,
-    pub(super) detail: String,
-}
-
-impl Refusal {
-    pub(super) fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into() }
-    }
-}
-
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        let problem = Problem {
-            kind: "about:blank".to_owned(),
-            title: self.status.canonical_reason().unwrap_or("Error").to_owned(),
-            status: self.status.as_u16(),
-            detail: self.detail,
-        };
-        let json = [(header::CONTENT_TYPE, "application/problem+json")];
-        (self.status, json, Json(problem).0.to_body()).into_response()
-    }
-}
-
-impl Problem {
-    fn to_body(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("the protocol's types have only string keys")
-    }
-}
-
-impl From<SiteError> for Refusal {
-    fn from(error: SiteError) -> Self {
-        let status = match &error {
-            SiteError::Unknown(..) => StatusCode::NOT_FOUND,
-            SiteError::Busy(..)
-            | SiteError::Absent(..)
-            | SiteError::NoAddress { .. }
-            | SiteError::Container(_) => StatusCode::CONFLICT,
-            SiteError::Address { .. } => StatusCode::BAD_REQUEST,
-            SiteError::Start { .. }
-            | SiteError::User(_)
-            | SiteError::Cgroup(_)
-            | SiteError::Holder(_)
-            | SiteError::Images(_)
-            | SiteError::Silence(_)
-            | SiteError::Decapsulator(_)
-            | SiteError::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, chain(&error))
-    }
-}
-
-impl From<ReadinessError> for Refusal {
-    fn from(error: ReadinessError) -> Self {
-        let status = match &error {
-            ReadinessError::Refused(_) | ReadinessError::Container(_) => StatusCode::CONFLICT,
-            ReadinessError::Criu { .. }
-            | ReadinessError::Images(_)
-            | ReadinessError::Host(_)
-            | ReadinessError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        Self::new(status, chain(&error))
-    }
-}
-
-impl From<JsonRejection> for Refusal {
-    fn from(rejection: JsonRejection) -> Self {
-        Self::new(rejection.status(), rejection.body_text())
-    }
 }
 
 /// A JSON body whose errors look like every other error.
@@ -477,6 +404,12 @@ fn gone(error: SiteError) -> Refusal {
 }
 
 fn not_for_this(session: &Session) -> Refusal {
+    let was = |told: fn(&AgentEvent) -> bool| session.find(|event| told(event).then_some(())).is_some();
+    let has_run = was(|event| matches!(event, AgentEvent::Running(_)));
+    if was(|event| *event == AgentEvent::Dropped) && !has_run {
+        // The coordinator may not have heard of it.
+        return Refusal::new(StatusCode::GONE, "the copy was dropped before it ran");
+    }
     let state = session.view().state;
     Refusal::new(StatusCode::CONFLICT, format!("the migration is {state:?} here, which this does not fit"))
 }

@@ -473,7 +473,7 @@ fn wipe_later(folder: Folder) {
     system::spawn(async move {
         tokio::time::sleep(WIPE_AFTER).await;
         // Nothing waits for it, and a failure is logged there.
-        let _ = tokio::task::spawn_blocking(move || drop(folder)).await;
+        system::detach(move || drop(folder));
     });
 }
 

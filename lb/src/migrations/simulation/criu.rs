@@ -250,15 +250,11 @@ impl Drop for SimulatedCriu {
                 });
             }
             // Its holder is told by the same death: who is quicker?
-            (_, Stage::Asking(Hook::PreResume)) => {
-                if host.world.below(2) == 0 {
-                    host.world.end_tasks(host.site, holder, "dropped by a CRIU without an agent");
-                }
+            (_, Stage::Asking(Hook::PreResume)) if host.world.below(2) == 0 => {
+                host.world.end_tasks(host.site, holder, "dropped by a CRIU without an agent");
             }
-            (_, Stage::Working(_, Hook::PostResume)) => {
-                if host.world.below(2) == 0 {
-                    self.change("let run by a CRIU without an agent", |copy| copy.frozen = false);
-                }
+            (_, Stage::Working(_, Hook::PostResume)) if host.world.below(2) == 0 => {
+                self.change("let run by a CRIU without an agent", |copy| copy.frozen = false);
             }
             _ => {}
         }
