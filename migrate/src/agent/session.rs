@@ -2,11 +2,12 @@
 //! API shows.
 
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 
 use crate::coordinator::machine::MARGIN;
 use crate::protocol::{AgentEvent, MigrationStatus, Role, WorkloadState};
@@ -94,8 +95,8 @@ pub struct Session {
     pub can_fetch: OnceLock<bool>,
     inbox: mpsc::UnboundedSender<Ask>,
     events: Mutex<Vec<AgentEvent>>,
-    /// Grows with each event and change of the view.
-    changed: watch::Sender<u64>,
+    /// Tells of each event and change of the view, in the order in which they wait for it.
+    changed: Notify,
     view: Mutex<View>,
 }
 
@@ -121,7 +122,7 @@ impl Session {
             can_fetch: OnceLock::new(),
             inbox,
             events: Mutex::default(),
-            changed: watch::Sender::new(0),
+            changed: Notify::new(),
             view: Mutex::new(view),
         };
         (session, asks)
@@ -136,14 +137,14 @@ impl Session {
     pub fn report(&self, event: AgentEvent) {
         tracing::debug!(migration = %self.id, role = ?self.role, ?event, "event");
         lock(&self.events).push(event);
-        self.changed.send_modify(|count| *count += 1);
+        self.changed.notify_waiters();
     }
 
     /// Shows a new state.
     pub fn show(&self, view: View) {
         tracing::debug!(migration = %self.id, role = ?self.role, state = %view.state, "state");
         *lock(&self.view) = view;
-        self.changed.send_modify(|count| *count += 1);
+        self.changed.notify_waiters();
     }
 
     /// The state as others see it.
@@ -186,8 +187,10 @@ impl Session {
         mut seen: usize,
         mut pick: impl FnMut(&AgentEvent) -> Option<T>,
     ) -> Option<T> {
-        let mut changed = self.changed.subscribe();
         loop {
+            let mut changed = pin!(self.changed.notified());
+            // What comes from now on is not missed.
+            changed.as_mut().enable();
             // The view first: an end that comes after this look brings another change.
             let ended = self.view().ended;
             {
@@ -200,8 +203,7 @@ impl Session {
             if ended {
                 return None;
             }
-            // The sender lives in `self`.
-            let _ = changed.changed().await;
+            changed.await;
         }
     }
 
@@ -212,8 +214,10 @@ impl Session {
 
     /// The lines that were not yet taken from `seen` on, waiting for one if need be; `None` at the end.
     pub async fn next_lines(&self, seen: &mut usize) -> Option<Bytes> {
-        let mut changed = self.changed.subscribe();
         loop {
+            let mut changed = pin!(self.changed.notified());
+            // What comes from now on is not missed.
+            changed.as_mut().enable();
             let ended = self.view().ended;
             {
                 let events = lock(&self.events);
@@ -231,7 +235,7 @@ impl Session {
             if ended {
                 return None;
             }
-            let _ = changed.changed().await;
+            changed.await;
         }
     }
 }
