@@ -21,6 +21,7 @@ use migrate::workload::enter::{self, What};
 use migrate::workload::holder::HolderPid;
 use migrate::workload::init;
 use migrate::workload::user::Identity;
+use migrate::workload::watcher;
 
 /// Moves running servers between sites, with their connections.
 #[derive(Debug, Parser)]
@@ -99,6 +100,12 @@ enum Command {
         #[arg(long)]
         kernel_cache: Option<PathBuf>,
     },
+    /// Watch a container that its own monitor keeps.
+    #[command(hide = true)]
+    Watcher {
+        #[arg(long)]
+        monitor: HolderPid,
+    },
     /// Start something inside a workload's namespaces.
     #[command(hide = true)]
     Enter {
@@ -174,6 +181,7 @@ fn main() -> ExitCode {
         Command::Init { first_pid, kernel_cache } => {
             init::run(first_pid, kernel_cache.as_deref()).map(|()| 0)
         }
+        Command::Watcher { monitor } => watcher::run(monitor).map(|()| 0),
         Command::Pager { id, folder, source_site, source_url, tls } => {
             bring_pages(id, folder, source_site, source_url, tls).map(|()| 0)
         }

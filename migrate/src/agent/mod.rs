@@ -4,7 +4,7 @@
 //! * [`door`]: who calls; [`admission`]: what that one may ask for.
 //! * [`server`]: the HTTP API.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
-//! * [`containers`]: what is done in another way with workloads that are containers.
+//! * [`containers`]: what is done in another way with workloads that are containers; [`podman`]: with podman's.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
 //! * [`readiness`]: whether a workload can leave or enter the site, asked in *prepare*.
@@ -17,6 +17,7 @@ pub mod config;
 pub mod containers;
 pub mod door;
 pub mod images;
+pub mod podman;
 pub mod readiness;
 pub mod server;
 pub mod session;

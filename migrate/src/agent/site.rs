@@ -25,6 +25,7 @@ use crate::protocol::{WorkloadState, WorkloadStatus};
 use crate::workload::cgroup::CgroupError;
 use crate::workload::container::{ContainerError, Runtime};
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
+use crate::workload::podman::Podman;
 use crate::workload::processes::{self, Process};
 use crate::workload::record::{self, Debt, Left, Records, root_of};
 use crate::workload::sys;
@@ -132,6 +133,8 @@ pub struct Site {
     pub criu: Program,
     /// runc.
     pub runtime: Runtime,
+    /// podman.
+    pub podman: Podman,
     /// Which workloads outlive this agent.
     pub records: Records,
     /// Where images are.
@@ -155,6 +158,7 @@ impl Site {
     pub async fn open(config: Config) -> Result<Arc<Self>, SiteError> {
         let criu = Program::find(config.criu.as_deref());
         let runtime = containers::runtime(&config)?;
+        let podman = Podman::new(config.podman.clone(), config.state_dir.join("podman"));
         let records = Records::open(config.state_dir.join("workloads"))?;
         let images = images::open_root(&config.state_dir)?;
         let destinations = config.workloads.iter().map(|workload| workload.address.ip()).collect();
@@ -165,6 +169,7 @@ impl Site {
             config,
             criu,
             runtime,
+            podman,
             records,
             images,
             decapsulator,
@@ -177,7 +182,7 @@ impl Site {
         tokio::spawn(async move { looking.look_at_criu().await });
         for workload in &site.config.workloads {
             let name = &workload.name;
-            if site.adopt(name).await {
+            if site.adopt(name).await || site.adopt_running(workload).await {
                 // A source that its CRIU was still letting go stayed silent until it ran. What is not here stays so: its
                 // clients' connections may be live at the other site, and would be ended from here.
                 site.silence(workload).sweep().await?;
@@ -220,6 +225,18 @@ impl Site {
         }
         self.set_running(name, holder);
         tracing::info!(workload = name, "adopted");
+        true
+    }
+
+    /// Takes over a workload that somebody else has started; false if there is none.
+    async fn adopt_running(self: &Arc<Self>, workload: &Workload) -> bool {
+        let name = &workload.name;
+        let Some(holder) = self.find_running(workload).await else { return false };
+        if let Err(error) = self.records.write(name, holder) {
+            tracing::error!(%error, "a restarted agent will not find the workload");
+        }
+        self.set_running(name, holder);
+        tracing::info!(workload = name, "adopted as it runs already");
         true
     }
 
@@ -272,6 +289,10 @@ impl Site {
 
     async fn start_absent(self: &Arc<Self>, name: &str, workload: &Workload) -> Result<(), SiteError> {
         let (holder, what) = match &workload.kind {
+            Kind::Podman(container) => {
+                let monitor = self.start_podmans(name, container).await?;
+                (Holder::watch(monitor)?, container.clone())
+            }
             Kind::Process(process) => {
                 let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
                 self.start_process(name, workload, process, holder.pid()).await?;
@@ -459,8 +480,10 @@ impl Site {
         if let Some(cgroup) = &workload.cgroup {
             cgroup.remove().await;
         }
-        if let Some(container) = workload.container() {
-            self.delete_container(container).await;
+        match &workload.kind {
+            Kind::Process(_) => {}
+            Kind::Runc(container) => self.delete_container(container).await,
+            Kind::Podman(container) => self.forget_podmans(container),
         }
     }
 

@@ -154,7 +154,7 @@ async fn ready(
     let folder = Folder::create(&site.images, &session.id)?;
     let mut swrk = site.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
     let leaves_pages = leave_pages(&mut swrk, holder).await?;
-    holder.save_kernel_cache(&site.kernel_cache());
+    kernel_cache::keep(&swrk.kernel_cache(holder), &site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
         layout::write_earlier(folder.path(), processes::tree(root.pid).into_keys())?;
@@ -229,7 +229,7 @@ async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Resul
 }
 
 fn queues_of(holder: HolderPid) -> Queues {
-    Queues::of(&processes::descendants(holder.pid))
+    Queues::of(&processes::kept_by(holder.pid))
 }
 
 /// Sees to it that CRIU can be asked to leave pages out; false if it cannot.
@@ -238,7 +238,7 @@ async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkErr
     if can(swrk.warm().await?) {
         return Ok(true);
     }
-    let cache = holder.kernel_cache();
+    let cache = swrk.kernel_cache(holder);
     if let Err(error) = kernel_cache::claim_tracking(&cache, true) {
         tracing::warn!(%error, "CRIU dumps the memory by itself, which takes longer");
         return Ok(false);

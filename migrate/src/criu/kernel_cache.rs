@@ -15,6 +15,16 @@ use std::path::Path;
 /// bytes each; then `has_dirty_track`.
 const TRACKING_AT: u64 = 32;
 
+/// Keeps what a CRIU has found out about this kernel, for those that are started later.
+pub fn keep(found: &Path, path: &Path) {
+    if !path.exists()
+        && let Err(error) = std::fs::copy(found, path)
+    {
+        // It only costs each of them the time to find out for itself.
+        tracing::debug!(%error, "CRIU keeps no cache of the kernel's features");
+    }
+}
+
 /// Sets in the cache that the kernel tracks changes of memory, or takes it back.
 pub fn claim_tracking(cache: &Path, claim: bool) -> io::Result<()> {
     let file = File::options().read(true).write(true).open(cache)?;
