@@ -44,6 +44,7 @@ enum Command {
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
     ///     runc = "runc"                      # optional: the program that runs containers
+    ///     podman = ["podman"]                # optional: and what stands before each of its commands
     ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
@@ -75,6 +76,11 @@ enum Command {
     ///     address = "10.1.0.2:6379"
     ///     protocol = "tcp"
     ///     runc = { bundle = "/srv/chat-2" }  # optional: container = "NAME", by default the workload's
+    ///     [[workloads]]                      # a container of podman's, created at every site
+    ///     name = "chat-3"
+    ///     address = "10.1.0.3:6379"
+    ///     protocol = "tcp"
+    ///     podman = {}                        # optional: container = "NAME", by default the workload's
     #[command(verbatim_doc_comment)]
     Agent {
         /// The agent's configuration.

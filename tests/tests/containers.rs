@@ -1,4 +1,4 @@
-//! A server in a container of runc's moves as one that is a process does: under live clients, nothing lost, no reset;
+//! A server in a container of runc's or podman's moves as one that is a process does: under live clients, nothing lost, no reset;
 //! and what is wrong with it is said.
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
@@ -208,6 +208,31 @@ fn what_a_container_needs_is_looked_for_before_anything_is_held() {
     std::fs::write(&agent, &lines).unwrap();
     drill.stack.restart_agent(Site::B).unwrap();
 
+    drill.commits(Site::B);
+    drill.must_be_whole();
+}
+
+#[test]
+fn what_podmans_container_needs_is_looked_for_before_anything_is_held() {
+    let drill = Drill::new(Workload::redis(1).in_podman());
+    let (lab, name) = (drill.stack.lab(), drill.name());
+    let program = drill.workload.contained();
+    let refused = |why: &str| drill.rolled_back(&drill.migrate(Site::B, Value::Null), why);
+    ask(&drill, Site::B, &["rm", name]);
+    refused("podman knows no container");
+    for (options, why) in [
+        (&["--restart", "always"][..], "has a restart policy"),
+        (&["--rm"], "is removed when it ends"),
+        (&["--tty"], "a terminal cannot be moved"),
+    ] {
+        podman::create(lab, Site::B, name, options, &program).unwrap();
+        refused(why);
+        ask(&drill, Site::B, &["rm", "--force", name]);
+    }
+    podman::create(lab, Site::B, name, &[], &program).unwrap();
+    ask(&drill, Site::B, &["start", name]);
+    refused("runs at the target already");
+    ask(&drill, Site::B, &["stop", name]);
     drill.commits(Site::B);
     drill.must_be_whole();
 }
