@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode, Uri};
@@ -11,15 +11,16 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::protocol::{AgentEvent, Problem};
+use crate::system::{self, Connection, Spawner};
 use crate::tls::{self, Credentials, TlsError};
 
 /// How long an agent may take to accept a connection.
@@ -264,11 +265,10 @@ impl AgentClient {
         }
         let refused = |source| ClientError::Connect { url: self.url.clone(), source };
         let sender = tokio::time::timeout(CONNECT_LIMIT, async {
-            let stream = TcpStream::connect(&self.authority).await.map_err(refused)?;
-            stream.set_nodelay(true).map_err(refused)?;
-            match self.tls.clone() {
-                None => self.speak(stream).await,
-                Some((config, name)) => {
+            match (system::connect(&self.authority).await.map_err(refused)?, self.tls.clone()) {
+                (Connection::Simulated(stream), _) => self.speak(stream).await,
+                (Connection::Tcp(stream), None) => self.speak(stream).await,
+                (Connection::Tcp(stream), Some((config, name))) => {
                     let stream = tls::dial(stream, config, name).await;
                     self.speak(
                         stream.map_err(|source| ClientError::Handshake { url: self.url.clone(), source })?,
@@ -289,7 +289,7 @@ impl AgentClient {
         &self,
         stream: S,
     ) -> Result<http2::SendRequest<Body>, ClientError> {
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        let (sender, connection) = http2::Builder::new(Spawner)
             .timer(TokioTimer::new())
             .max_frame_size(MAX_FRAME_BYTES)
             .max_send_buf_size(8 << 20)
@@ -300,7 +300,7 @@ impl AgentClient {
             .await
             .map_err(|source| self.broke(source))?;
         // It ends with the connection; what broke is seen by the requests on it.
-        tokio::spawn(connection);
+        system::spawn(connection);
         Ok(sender)
     }
 }

@@ -16,6 +16,7 @@
 //! * [`roles`]: the pure state machines of the source and the target (event -> commands).
 //! * [`coordinator`]: the pure state machine of the whole migration, and what drives it from inside `lb`.
 //! * [`client`]: one HTTP/2 connection to an agent, opened before it is needed.
+//! * [`system`]: what a process asks of the system, so that a simulation can be many processes.
 //! * [`tls`]: who is who between them: certificates, and the CA that makes them.
 //! * [`criu`]: CRIU's RPC, its process, and reading its log.
 //! * [`memory`]: the workload's memory: taking it, and bringing it with the images or after them.
@@ -39,5 +40,6 @@ pub mod memory;
 pub mod net;
 pub mod protocol;
 pub mod roles;
+pub mod system;
 pub mod tls;
 pub mod workload;

@@ -16,7 +16,7 @@
 //! gets everything of those that it has: nothing can have moved behind it, and its deadline opens it. A hold whose deadline passed keeps its queue behind a closed gate and waits
 //! for a word from outside; it never opens by itself.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use lb_core::{Gate, GateWord};
 

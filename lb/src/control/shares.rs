@@ -8,7 +8,8 @@
 //! ```
 
 use std::collections::{BTreeSet, HashMap};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 use crate::datapath::{AllDown, Plan, ServicePlan};
 

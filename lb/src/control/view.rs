@@ -1,6 +1,6 @@
 //! What the admin API shows of a backend.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use lb_core::Gate;
 use serde::{Deserialize, Serialize};

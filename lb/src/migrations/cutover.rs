@@ -122,7 +122,17 @@ impl Cutover for MigrationCutover {
         if done.fate == Fate::Aborted {
             return Err(CutoverError("the migration was aborted".to_owned()));
         }
-        let generation = self.control.flip(backend, generation, to_site).map_err(refused)?;
+        let is_way_back = done.fate == Fate::Flipped || self.recovering;
+        let flipped = match self.control.flip(backend, generation, to_site) {
+            // It drops packets by now. The source is known to run, so there is nothing else to wait for.
+            Err(ControlError::Refused { refusal: Refusal::DeadlinePassed { current }, .. })
+                if is_way_back =>
+            {
+                self.control.flip(backend, current, to_site)
+            }
+            flipped => flipped,
+        };
+        let generation = flipped.map_err(refused)?;
         done.fate = Fate::Flipped;
         done.opened = Some(generation);
         Ok(generation)

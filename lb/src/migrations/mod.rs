@@ -13,9 +13,10 @@ mod recovery;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use migrate::coordinator::{DEFAULT_DRAIN, HoldRequest, Orders, Outcome, Progress, Report, Spec, Verdict};
+use migrate::system;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::task::TaskTracker;
 
@@ -266,8 +267,8 @@ impl Migrations {
         mut progress: UnboundedReceiver<Progress>,
     ) {
         let this = self.clone();
-        self.tasks.spawn(async move {
-            let mut run = tokio::spawn(run);
+        system::spawn(self.tasks.track_future(async move {
+            let mut run = system::spawn(run);
             let mut open = true;
             let report = loop {
                 tokio::select! {
@@ -285,7 +286,7 @@ impl Migrations {
             };
             let report = report.unwrap_or_else(|panic| broken(&panic));
             this.finish(&migration, report).await;
-        });
+        }));
     }
 
     async fn finish(&self, migration: &Migration, report: Report) {
@@ -447,8 +448,7 @@ impl Inner {
 
 /// Microseconds since the Unix epoch.
 fn now_unix_us() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+    u64::try_from(system::now_unix_us()).unwrap_or(0)
 }
 
 /// The report of a coordinator that did not come to its end.
@@ -471,6 +471,8 @@ fn broken(panic: &tokio::task::JoinError) -> Report {
 
 #[cfg(test)]
 mod script;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 pub(crate) use script::{Play, Script};
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use migrate::coordinator::machine::{LEASE, MARGIN};
 use migrate::coordinator::{AgentAt, HoldRequest, Left, Policy, Spec};
 use migrate::protocol::Role;
+use migrate::system;
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::journal::{Entry, Step};
@@ -37,7 +38,8 @@ impl Migrations {
         for backend in &self.config.get().plan.backends {
             let this = self.clone();
             let name = backend.name.clone();
-            self.tasks.spawn(async move { this.recover_unwritten(&name).await });
+            let task = async move { this.recover_unwritten(&name).await };
+            system::spawn(self.tasks.track_future(task));
         }
         Ok(())
     }

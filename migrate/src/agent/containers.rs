@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 
 use super::config::{Config, Kind, Workload};
+use super::linux::Linux;
 use super::podman;
-use super::site::{Site, SiteError};
+use super::site::SiteError;
 use super::target::PrepareError;
 use crate::criu::relay::{self, Call, Surroundings};
 use crate::criu::rpc;
@@ -27,7 +27,7 @@ pub fn runtime(config: &Config) -> std::io::Result<Runtime> {
     Ok(runtime)
 }
 
-impl Site {
+impl Linux {
     /// A workload's container as runc knows it, `None` for a process.
     fn container_of(&self, workload: &Workload) -> Result<Option<Container>, ContainerError> {
         match &workload.kind {
@@ -48,7 +48,7 @@ impl Site {
     }
 
     /// Gets ready for a container that is to run here from now on, and fails where it could not; a process needs nothing.
-    pub async fn make_room(&self, workload: &Workload) -> Result<(), ContainerError> {
+    pub(super) async fn make_container_room(&self, workload: &Workload) -> Result<(), ContainerError> {
         match &workload.kind {
             Kind::Process(_) => Ok(()),
             Kind::Podman(name) => self.make_room_for_podmans(name).await,
@@ -69,8 +69,8 @@ impl Site {
     }
 
     /// Makes a holder, and starts CRIU for a restore in it.
-    pub async fn start_restore(
-        self: &Arc<Self>,
+    pub(super) async fn start_swrk_for_restore(
+        &self,
         workload: &Workload,
         images: &Path,
     ) -> Result<(Holder, Swrk), PrepareError> {
@@ -79,12 +79,12 @@ impl Site {
         }
         let holder = Holder::start(None, &self.kernel_cache()).await?;
         let cgroups = workload.make_cgroup()?;
-        let swrk = self.start_criu(workload, rpc::Kind::Restore, holder.pid(), &cgroups, images).await?;
+        let swrk = self.start_swrk(workload, rpc::Kind::Restore, holder.pid(), &cgroups, images).await?;
         Ok((holder, swrk))
     }
 
     /// Starts CRIU for a dump or a restore, by itself or through the container's runtime; it waits to be told to begin.
-    pub async fn start_criu(
+    pub(super) async fn start_swrk(
         &self,
         workload: &Workload,
         kind: rpc::Kind,

@@ -17,8 +17,10 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use tokio::sync::mpsc;
 
 use crate::client::{AgentClient, chain};
+use crate::criu::latch::received_as;
 use crate::memory::read::{Image, Reader};
 use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
+use crate::system;
 
 /// What is read from an image at a time, and the largest HTTP/2 frame.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -65,6 +67,11 @@ pub fn open_root(state_dir: &Path) -> Result<PathBuf, ImagesError> {
         if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(failed)?;
     }
     Ok(root)
+}
+
+/// Where CRIU's cache of the kernel's features is: with the images, since it holds for one boot.
+pub fn kernel_cache(root: &Path) -> PathBuf {
+    root.join("criu.kdat")
 }
 
 fn make_private(path: &Path) -> io::Result<()> {
@@ -142,7 +149,7 @@ impl Folder {
                             .create(true)
                             .truncate(true)
                             .mode(0o600)
-                            .open(path.join(&name));
+                            .open(path.join(received_as(&name)));
                         let file = file.map_err(|error| ImagesError::File(name.clone(), error))?;
                         current = Some((name, file));
                     }
@@ -194,7 +201,7 @@ impl Upload {
             Some((Ok::<_, Infallible>(Frame::data(chunk)), queue))
         });
         let body = StreamBody::new(frames).boxed_unsync();
-        tokio::spawn(async move {
+        system::spawn(async move {
             let answer = async {
                 let response = client.send(Method::POST, &path, body).await?;
                 client.accept(response).await

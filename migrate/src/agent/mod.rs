@@ -4,6 +4,7 @@
 //! * [`door`]: who calls; [`admission`]: what that one may ask for.
 //! * [`server`]: the HTTP API.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
+//! * [`host`]: what is done to the host, [`linux`]: how.
 //! * [`containers`]: what is done in another way with workloads that are containers; [`podman`]: with podman's.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
@@ -16,7 +17,9 @@ pub(crate) mod admission;
 pub mod config;
 pub mod containers;
 pub mod door;
+pub mod host;
 pub mod images;
+pub mod linux;
 pub mod podman;
 pub mod readiness;
 pub mod server;

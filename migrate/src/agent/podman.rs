@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
 
 use super::config::{Kind, Workload};
 use super::containers::forget;
-use super::site::{Site, SiteError};
+use super::linux::Linux;
+use super::site::SiteError;
 use super::target::PrepareError;
 use crate::checks::problem::Problem;
 use crate::criu::relay::{self, Call};
@@ -25,7 +25,7 @@ const STDERR_FILE: &str = "podman.stderr";
 /// The image whose presence is all that podman looks for.
 const INVENTORY: &str = "inventory.img";
 
-impl Site {
+impl Linux {
     /// Looks at a container that runs here; gives its image.
     pub async fn look_at_podmans(&self, name: &str, root: i32) -> Result<String, ContainerError> {
         let found = self.podman.find(name).await?;
@@ -65,7 +65,7 @@ impl Site {
     }
 
     /// What keeps a container that podman runs already, if it is to be a workload of this agent's.
-    pub(super) async fn find_running(&self, workload: &Workload) -> Option<HolderPid> {
+    pub(super) async fn find_running_podmans(&self, workload: &Workload) -> Option<HolderPid> {
         let Kind::Podman(container) = &workload.kind else { return None };
         let found = match self.podman.find(container).await {
             Ok(found) => found,
@@ -75,17 +75,7 @@ impl Site {
                 return None;
             }
         };
-        let monitor = found.monitor().filter(|monitor| root_of(*monitor).is_some())?;
-        if self.records.has_left(&workload.name) {
-            tracing::error!(
-                workload = workload.name,
-                "podman runs it here, but it has left for another site: there may be two. If this is the one, POST \
-                 /v1/workloads/{}/start adopts it",
-                workload.name
-            );
-            return None;
-        }
-        Some(monitor)
+        found.monitor().filter(|monitor| root_of(*monitor).is_some())
     }
 
     /// Has podman start a container; one that runs already is taken as it is.
@@ -101,7 +91,7 @@ impl Site {
 
     /// Has podman restore a container; its runtime's CRIU waits for the images.
     pub(super) async fn restore_podmans(
-        self: &Arc<Self>,
+        &self,
         container: &str,
         images: &Path,
     ) -> Result<(Holder, Swrk), PrepareError> {

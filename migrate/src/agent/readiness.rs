@@ -7,7 +7,7 @@ use tokio::sync::OnceCell;
 
 use super::config::Workload;
 use super::images::{Folder, ImagesError};
-use super::site::Site;
+use super::linux::Linux;
 use crate::checks::hashes::Hashes;
 use crate::checks::problem::{Problem, Refused};
 use crate::checks::room::Room;
@@ -62,21 +62,9 @@ pub struct Readiness {
     fits: tokio::sync::Mutex<Option<Processor>>,
 }
 
-impl Site {
-    /// Finds out whether CRIU works, so that the first migration does not wait for it.
-    pub async fn look_at_criu(&self) {
-        if let Err(error) = self.check_criu().await {
-            tracing::warn!("no workload can be moved to or from here: {}", chain(&error));
-        }
-    }
-
-    /// Fails unless CRIU works here.
-    pub async fn check_criu(&self) -> Result<(), ReadinessError> {
-        self.processor().await.map(drop)
-    }
-
+impl Linux {
     /// This processor. Fails as long as CRIU does not work: an operator may be about to install it.
-    async fn processor(&self) -> Result<&Processor, ReadinessError> {
+    pub(super) async fn processor(&self) -> Result<&Processor, ReadinessError> {
         let look = async || {
             let failed = |source| ReadinessError::Criu { site: self.config.site.clone(), source };
             check::can_work(&self.criu).await.map_err(failed)?;
@@ -97,8 +85,8 @@ impl Site {
         self.readiness.processor.get_or_try_init(look).await
     }
 
-    /// Looks at a workload's tasks: what they need of a site, unless something keeps them here.
-    pub async fn may_leave(
+    /// See [`super::host::Host::may_leave`].
+    pub(super) async fn look_at(
         &self,
         workload: &Workload,
         holder: HolderPid,
@@ -136,8 +124,12 @@ impl Site {
         Ok(manifest)
     }
 
-    /// Compares what a workload needs with what is here.
-    pub async fn may_enter(&self, workload: &Workload, manifest: Manifest) -> Result<(), ReadinessError> {
+    /// See [`super::host::Host::may_enter`].
+    pub(super) async fn compare(
+        &self,
+        workload: &Workload,
+        manifest: Manifest,
+    ) -> Result<(), ReadinessError> {
         let started = Instant::now();
         let hashes = self.readiness.hashes.clone();
         let space = Room::here(&self.images, self.config.spare_memory_bytes)?;

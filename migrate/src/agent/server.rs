@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json};
 use http::{StatusCode, header};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use super::admission::{self, HEALTH, IMAGES, MANIFEST, MEMORY};
 use super::door::{Caller, Door, Entered};
 use super::readiness::ReadinessError;
-use super::session::{Ask, Peer, Session, now_unix_us};
+use super::session::{Ask, Peer, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
@@ -32,8 +32,8 @@ use crate::protocol::{
     AgentEvent, Freeze, Go, MigrationStatus, Part, Prepare, Prepared, Problem, Role, Running, Served,
     WorkloadState, WorkloadStatus, is_valid_id,
 };
+use crate::system::{self, Spawner, Stream, now_unix_us};
 use crate::workload::processes;
-use crate::workload::record::root_of;
 
 /// Images come faster than the default windows of HTTP/2 would let them: in one go, up to this much.
 const WINDOW_BYTES: u32 = 64 << 20;
@@ -59,7 +59,7 @@ pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::i
         // An answer in the freeze window must not wait for another to share its packet.
         stream.set_nodelay(true)?;
         let (door, router) = (door.clone(), router.clone());
-        tokio::spawn(async move {
+        system::spawn(async move {
             let ended = match door.let_in(stream).await {
                 Ok(Entered::Plain(stream)) => speak(stream, Caller::Anyone, false, router).await,
                 Ok(Entered::Tls { stream, caller, is_http2 }) => {
@@ -78,6 +78,13 @@ pub async fn serve(site: Arc<Site>, door: Door, listener: TcpListener) -> std::i
     }
 }
 
+/// Answers one caller whom nobody has asked who it is, on a connection of a simulation.
+pub async fn answer(site: Arc<Site>, stream: Box<dyn Stream>) {
+    if let Err(error) = speak(stream, Caller::Anyone, false, router(site)).await {
+        tracing::debug!(error = chain(&*error), "connection ended");
+    }
+}
+
 /// Answers one caller until the connection ends.
 pub(crate) async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
@@ -85,7 +92,7 @@ pub(crate) async fn speak<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     is_http2: bool,
     router: axum::Router,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(Spawner);
     if is_http2 {
         // The settings are sent at once: the caller waits for them, see `tls::dial`.
         builder = builder.http2_only();
@@ -217,6 +224,12 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body_<T>
 
 type Answer<T> = Result<T, Refusal>;
 
+/// Does something on a task of its own: a coordinator that goes away must not leave half of it.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Answer<T>> + Send + 'static) -> Answer<T> {
+    let done = system::spawn(work).await;
+    done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?
+}
+
 async fn decapsulator(State(site): State<Arc<Site>>) -> Answer<Json<decapsulator::Status>> {
     site.decapsulator.as_ref().map(|running| Json(running.status())).ok_or_else(|| {
         Refusal::new(StatusCode::NOT_FOUND, "the agent's configuration has no section [decapsulator]")
@@ -224,11 +237,11 @@ async fn decapsulator(State(site): State<Arc<Site>>) -> Answer<Json<decapsulator
 }
 
 async fn start(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
-    Ok(site.start(&name).await?)
+    to_the_end(async move { Ok(site.start(&name).await?) }).await
 }
 
 async fn stop(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Answer<()> {
-    Ok(site.stop(&name).await?)
+    to_the_end(async move { Ok(site.stop(&name).await?) }).await
 }
 
 async fn prepare(
@@ -262,9 +275,7 @@ async fn prepare(
     if !is_valid_id(&prepare.peer_site) {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "`peer_site` has to name the other agent's site"));
     }
-    // On a task of its own: a coordinator that goes away must not leave half of it.
-    let done = tokio::spawn(get_ready(site.clone(), id, prepare)).await;
-    done.map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))??;
+    to_the_end(get_ready(site.clone(), id, prepare)).await?;
     Ok(Json(Prepared { site: site.config.site.clone() }))
 }
 
@@ -357,7 +368,7 @@ async fn manifest(
     let session = known_as(&site, &id, Role::Target)?;
     let wants_later = manifest.later;
     let streams = manifest.image.as_ref().map(|image| image.streams.clone());
-    site.may_enter(site.workload(&session.workload)?, manifest).await?;
+    site.host.may_enter(site.workload(&session.workload)?, manifest).await?;
     if let Some(streams) = streams {
         relay::note_streams(&site.images.join(&session.id), &streams).map_err(ReadinessError::from)?;
     }
@@ -369,7 +380,7 @@ async fn manifest(
 async fn memory(State(site): State<Arc<Site>>, Path(id): Path<String>, request: Request) -> Answer<Body> {
     let gone = || Refusal::new(StatusCode::NOT_FOUND, format!("migration {id:?} owes no memory"));
     let (workload, _) = site.debt(&id).ok_or_else(gone)?;
-    let root = site.records.find(&workload).and_then(root_of).ok_or_else(gone)?;
+    let root = site.root(&workload).ok_or_else(gone)?;
     let questions = request.into_body().into_data_stream();
     let done = {
         let (site, id) = (site.clone(), id.clone());
@@ -443,8 +454,7 @@ async fn confirm(
 ) -> Answer<Json<()>> {
     let Some(session) = site.session(&id) else {
         // An agent that was restarted after `go` has adopted what runs.
-        site.running(&part.workload)?;
-        site.mark_left(&part.workload, None);
+        site.confirm(&part.workload)?;
         return Ok(Json(()));
     };
     if runs_for_good(&session) {
@@ -499,7 +509,7 @@ async fn release(
     refuse_to_indebted(&site, &id)?;
     // It may have fallen back by itself before the word came, or its agent may have been restarted. The
     // target's copy is the one now.
-    site.stop_unheard(&part.workload).await?;
+    to_the_end(async move { Ok(site.stop_unheard(&part.workload).await?) }).await?;
     Ok(Json(served))
 }
 

@@ -19,12 +19,6 @@ pub fn patience(hold_deadline_ms: u64) -> Duration {
     Duration::from_millis(hold_deadline_ms) + MARGIN
 }
 
-/// `CLOCK_REALTIME` in microseconds.
-pub fn now_unix_us() -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |now| i64::try_from(now.as_micros()).unwrap_or(i64::MAX))
-}
-
 /// What is asked of a role from outside.
 #[derive(Clone, Debug)]
 pub enum Ask {
@@ -50,6 +44,8 @@ pub enum Ask {
     Fetch(Arc<OwnedFd>),
     /// Source: the target has all memory.
     Served,
+    /// Target: the source has opened the way of the images.
+    ImagesExpected,
     /// Target: the images' first bytes have come.
     ImagesBegun,
     /// Target: the images are complete.

@@ -2,34 +2,30 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::UdpSocket;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
-use super::config::{self, Config, Kind, Workload};
-use super::containers;
+use super::config::{Config, Workload};
+use super::host::Host;
 use super::images::{self, ImagesError};
-use super::readiness::Readiness;
+use super::linux::Linux;
 use super::session::{Ask, Session, View};
+use crate::client::chain;
 use crate::coordinator::machine::LEASE;
-use crate::criu::program::Program;
 use crate::decapsulator::{Decapsulator, DecapsulatorError};
-use crate::net::repair;
-use crate::net::silence::{Scope, Silence, SilenceError};
+use crate::net::silence::SilenceError;
 use crate::protocol::{WorkloadState, WorkloadStatus};
+use crate::system;
 use crate::workload::cgroup::CgroupError;
-use crate::workload::container::{ContainerError, Runtime};
-use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
-use crate::workload::podman::Podman;
-use crate::workload::processes::{self, Process};
-use crate::workload::record::{self, Debt, Left, Records, root_of};
-use crate::workload::sys;
-use crate::workload::user::{Identity, UserError};
+use crate::workload::container::ContainerError;
+use crate::workload::holder::{HolderError, HolderPid};
+use crate::workload::processes::Process;
+use crate::workload::record::{Debt, Left, Records};
+use crate::workload::user::UserError;
 
 /// Numbers of offers after an agent's restart begin here.
 const FIRST_OFFER: u32 = 1 << 16;
@@ -39,8 +35,6 @@ const REMEMBERED: usize = 64;
 const SEEN_LIMIT: Duration = Duration::from_secs(2);
 /// Between two looks for it.
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
-/// A program that cannot run ends at once.
-const EARLY_END: Duration = Duration::from_millis(50);
 
 /// Why something could not be done with a workload.
 #[derive(Debug, thiserror::Error)]
@@ -129,20 +123,14 @@ pub enum Place {
 pub struct Site {
     /// As configured.
     pub config: Config,
-    /// CRIU.
-    pub criu: Program,
-    /// runc.
-    pub runtime: Runtime,
-    /// podman.
-    pub podman: Podman,
+    /// The host.
+    pub host: Arc<dyn Host>,
     /// Which workloads outlive this agent.
     pub records: Records,
     /// Where images are.
     pub images: PathBuf,
     /// The end of the load balancer's tunnels, where it is ours.
     pub decapsulator: Option<Decapsulator>,
-    /// What checks have found out.
-    pub readiness: Readiness,
     places: Mutex<HashMap<String, Place>>,
     sessions: Mutex<VecDeque<Arc<Session>>>,
     /// Of copies that a former agent left stopped: the last offer of each, and since when.
@@ -156,36 +144,45 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Site {
     /// Opens the site: sweeps what a former agent left, adopts what runs, starts what is to be started.
     pub async fn open(config: Config) -> Result<Arc<Self>, SiteError> {
-        let criu = Program::find(config.criu.as_deref());
-        let runtime = containers::runtime(&config)?;
-        let podman = Podman::new(config.podman.clone(), config.state_dir.join("podman"));
-        let records = Records::open(config.state_dir.join("workloads"))?;
         let images = images::open_root(&config.state_dir)?;
+        let host = Linux::of(&config, &images)?;
+        Self::open_on(Arc::new(host), config, images).await
+    }
+
+    /// Likewise on a host, with an empty folder for images.
+    pub async fn open_on(
+        host: Arc<dyn Host>,
+        config: Config,
+        images: PathBuf,
+    ) -> Result<Arc<Self>, SiteError> {
+        let records = Records::open(config.state_dir.join("workloads"))?;
         let destinations = config.workloads.iter().map(|workload| workload.address.ip()).collect();
         let memory = config.state_dir.join("decapsulator");
         let decapsulator =
             Decapsulator::as_configured(config.decapsulator.as_ref(), &destinations, &memory).await?;
         let site = Arc::new(Self {
             config,
-            criu,
-            runtime,
-            podman,
+            host,
             records,
             images,
             decapsulator,
-            readiness: Readiness::default(),
             places: Mutex::default(),
             sessions: Mutex::default(),
             offers: Mutex::default(),
         });
         let looking = site.clone();
-        tokio::spawn(async move { looking.look_at_criu().await });
+        // So that the first migration does not wait for it.
+        system::spawn(async move {
+            if let Err(error) = looking.host.check_criu().await {
+                tracing::warn!("no workload can be moved to or from here: {}", chain(&error));
+            }
+        });
         for workload in &site.config.workloads {
             let name = &workload.name;
             if site.adopt(name).await || site.adopt_running(workload).await {
                 // A source that its CRIU was still letting go stayed silent until it ran. What is not here stays so: its
                 // clients' connections may be live at the other site, and would be ended from here.
-                site.silence(workload).sweep().await?;
+                site.host.silence(workload).sweep().await?;
                 continue;
             }
             if !workload.start {
@@ -206,19 +203,17 @@ impl Site {
 
     /// Takes over a workload that a former agent left running; false if there is none.
     async fn adopt(self: &Arc<Self>, name: &str) -> bool {
-        let Some(holder) = self.records.find(name) else { return false };
+        let Some(holder) = self.recorded(name) else { return false };
         // If the former agent died in a migration, its CRIU is letting the workload go at this moment.
-        let until = std::time::Instant::now() + SEEN_LIMIT;
-        while root_of(holder).is_some_and(|root| root.tracer != 0) && std::time::Instant::now() < until {
+        let until = Instant::now() + SEEN_LIMIT;
+        while self.host.root_of(holder).is_some_and(|root| root.tracer != 0) && Instant::now() < until {
             tokio::time::sleep(LOOK_PAUSE).await;
         }
-        for helper in record::stopped_helpers(holder) {
-            // It was stopped with the workload that it had just restored, and would not let go of it, or drop it.
-            tracing::info!(workload = name, pid = helper.pid, "a helper that a former agent left is ended");
-            let _ = kill(Pid::from_raw(helper.pid), Signal::SIGKILL);
-            processes::wait_end(helper.pid, SEEN_LIMIT).await;
+        let helpers = self.host.end_helpers(holder).await;
+        if helpers > 0 {
+            tracing::info!(workload = name, helpers, "what a former agent left of a restore is ended");
         }
-        if root_of(holder).is_none() {
+        if self.host.root_of(holder).is_none() {
             tracing::warn!(workload = name, "the workload's processes are gone; what is left is removed");
             self.forget(name, holder).await;
             return false;
@@ -231,7 +226,15 @@ impl Site {
     /// Takes over a workload that somebody else has started; false if there is none.
     async fn adopt_running(self: &Arc<Self>, workload: &Workload) -> bool {
         let name = &workload.name;
-        let Some(holder) = self.find_running(workload).await else { return false };
+        let Some(holder) = self.host.find_running(workload).await else { return false };
+        if self.records.has_left(name) {
+            tracing::error!(
+                workload = name,
+                "it runs here, but it has left for another site: there may be two. If this is the one, POST \
+                 /v1/workloads/{name}/start adopts it"
+            );
+            return false;
+        }
         if let Err(error) = self.records.write(name, holder) {
             tracing::error!(%error, "a restarted agent will not find the workload");
         }
@@ -251,35 +254,15 @@ impl Site {
 
     /// CRIU's cache of the kernel's features; on the tmpfs of the images, since it holds for one boot.
     pub fn kernel_cache(&self) -> PathBuf {
-        self.images.join("criu.kdat")
-    }
-
-    /// Its silence.
-    pub fn silence(&self, workload: &Workload) -> Silence {
-        let shared = self
-            .config
-            .workloads
-            .iter()
-            .any(|other| other.name != workload.name && other.address.ip() == workload.address.ip());
-        let scope = if shared { Scope::AddressAndPort } else { Scope::Address };
-        Silence::new(&workload.name, workload.address, workload.protocol, scope)
-    }
-
-    /// Fails unless the site holds the workload's address.
-    pub fn check_address(&self, workload: &Workload) -> Result<(), SiteError> {
-        let address = workload.address.ip();
-        match UdpSocket::bind((address, 0)) {
-            Ok(_) => Ok(()),
-            Err(source) => Err(SiteError::NoAddress { site: self.config.site.clone(), address, source }),
-        }
+        images::kernel_cache(&self.images)
     }
 
     /// Starts a workload here.
     pub async fn start(self: &Arc<Self>, name: &str) -> Result<(), SiteError> {
         let workload = self.workload(name)?;
         self.check_absent(name)?;
-        self.check_address(workload)?;
-        self.silence(workload).sweep().await?;
+        self.host.check_address(workload)?;
+        self.host.silence(workload).sweep().await?;
         let started = self.start_absent(name, workload).await;
         if started.is_err() {
             self.remove_remains(name).await;
@@ -288,69 +271,12 @@ impl Site {
     }
 
     async fn start_absent(self: &Arc<Self>, name: &str, workload: &Workload) -> Result<(), SiteError> {
-        let (holder, what) = match &workload.kind {
-            Kind::Podman(container) => {
-                let monitor = self.start_podmans(name, container).await?;
-                (Holder::watch(monitor)?, container.clone())
-            }
-            Kind::Process(process) => {
-                let holder = Holder::start(Some(FIRST_WORKLOAD_PID), &self.kernel_cache()).await?;
-                self.start_process(name, workload, process, holder.pid()).await?;
-                (holder, process.command.join(" "))
-            }
-            Kind::Runc(container) => {
-                self.make_room(workload).await?;
-                let holder = Holder::start(None, &self.kernel_cache()).await?;
-                self.run_container(name, container, holder.pid()).await?;
-                (holder, container.name.clone())
-            }
-        };
-        // A program that cannot use its arguments or its address ends before anything else is done.
-        let until = std::time::Instant::now() + EARLY_END;
-        while std::time::Instant::now() < until {
-            if root_of(holder.pid()).is_none() {
-                let why = format!("{what:?} ended at once");
-                return Err(SiteError::Start { name: name.to_owned(), why });
-            }
-            tokio::time::sleep(LOOK_PAUSE).await;
-        }
-        if let Some(cgroup) = &workload.cgroup {
-            cgroup.set_bounds()?;
-        }
+        let holder = self.host.start(workload).await?;
         self.records.write(name, holder.pid())?;
         self.mark_left(name, None);
         let holder = holder.keep().await?;
         self.set_running(name, holder);
         tracing::info!(workload = name, "started");
-        Ok(())
-    }
-
-    async fn start_process(
-        &self,
-        name: &str,
-        workload: &Workload,
-        process: &config::Process,
-        holder: HolderPid,
-    ) -> Result<(), SiteError> {
-        let mut command = tokio::process::Command::new("/proc/self/exe");
-        command.args(["enter", "--holder", &holder.to_string()]);
-        for folder in workload.make_cgroup()? {
-            command.arg("--cgroup").arg(folder);
-        }
-        // They come to the workload through the programs in between, and stand in no list of arguments.
-        command.arg("workload").envs(&process.env).arg("--dir").arg(&process.dir);
-        if let Some(user) = &process.user {
-            command.arg("--user").arg(Identity::find(user)?.to_string());
-        }
-        if let Some(log) = &process.log {
-            command.arg("--log").arg(log);
-        }
-        command.arg("--").args(&process.command).stdin(Stdio::null());
-        let failed = |why: String| SiteError::Start { name: name.to_owned(), why };
-        let output = command.output().await.map_err(|error| failed(error.to_string()))?;
-        if !output.status.success() {
-            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-        }
         Ok(())
     }
 
@@ -375,35 +301,56 @@ impl Site {
         if root.state != 'T' {
             return Ok(None);
         }
-        let mut offers = lock(&self.offers);
-        // Other numbers than the former agent's.
-        let number = offers.get(name).map_or(FIRST_OFFER, |(number, _)| number + 1);
-        offers.insert(name.to_owned(), (number, Instant::now()));
+        // Other numbers than former agents': whose offer is taken up too late must be known.
+        let number = self.records.next_offer(name, FIRST_OFFER)?;
+        lock(&self.offers).insert(name.to_owned(), (number, Instant::now()));
         Ok(Some(number))
     }
 
-    /// Lets such a copy run, if that offer was the last one and stands.
-    pub fn take_up(&self, name: &str, number: u32) -> Result<(), SiteError> {
+    /// Lets such a copy run, if that offer was the last one and stands: until its lease ends, unless it is confirmed.
+    pub fn take_up(self: &Arc<Self>, name: &str, number: u32) -> Result<(), SiteError> {
         let (holder, root) = self.running(name)?;
         if root.state != 'T' {
             return Ok(());
         }
-        let offer = lock(&self.offers).remove(name);
-        if !offer.is_some_and(|(known, since)| known == number && since.elapsed() < LEASE) {
+        let offer = lock(&self.offers).get(name).copied();
+        let Some((_, since)) = offer.filter(|(known, since)| *known == number && since.elapsed() < LEASE)
+        else {
             return Err(SiteError::Busy(
                 name.to_owned(),
                 "stopped",
                 "that offer of it is over: ask for another",
             ));
-        }
+        };
         self.revive(name, holder);
+        let (site, name) = (Arc::downgrade(self), name.to_owned());
+        system::spawn(async move {
+            tokio::time::sleep_until(since + LEASE).await;
+            let Some(site) = site.upgrade() else { return };
+            let is_leased = lock(&site.offers).get(&name).is_some_and(|(last, _)| *last == number);
+            let is_here = matches!(site.place(&name), Place::Running(now) if now == holder);
+            if is_leased && is_here {
+                tracing::warn!(workload = name, "suspended, since nobody confirmed it");
+                site.host.suspend(holder).await;
+            }
+        });
+        Ok(())
+    }
+
+    /// Such a copy is the one: it runs on.
+    pub fn confirm(&self, name: &str) -> Result<(), SiteError> {
+        if self.running(name)?.1.state == 'T' {
+            return Err(SiteError::Busy(name.to_owned(), "stopped", "take up an offer of it first"));
+        }
+        lock(&self.offers).remove(name);
+        self.mark_left(name, None);
         Ok(())
     }
 
     /// Lets a copy run that a former agent's death has left stopped.
     pub fn revive(&self, name: &str, holder: HolderPid) {
-        repair::reconnect(holder.pid);
-        repair::signal(holder.pid, Signal::SIGCONT);
+        self.host.reconnect(holder);
+        self.host.signal(holder, Signal::SIGCONT);
         tracing::info!(workload = name, "set running again");
     }
 
@@ -412,7 +359,7 @@ impl Site {
     pub async fn stop_unheard(&self, name: &str) -> Result<(), SiteError> {
         if let Place::Running(holder) = self.place(name) {
             self.mark_left(name, Some(&Left::default()));
-            repair::disconnect(holder.pid).await;
+            self.host.disconnect(holder).await;
         }
         self.stop(name).await
     }
@@ -455,7 +402,7 @@ impl Site {
     pub fn running(&self, name: &str) -> Result<(HolderPid, Process), SiteError> {
         let absent = || SiteError::Absent(name.to_owned(), self.config.site.clone());
         match self.place(name) {
-            Place::Running(holder) => root_of(holder).map(|root| (holder, root)).ok_or_else(absent),
+            Place::Running(holder) => self.host.root_of(holder).map(|root| (holder, root)).ok_or_else(absent),
             Place::Absent => Err(absent()),
             Place::Migrating(_) => Err(SiteError::Busy(
                 name.to_owned(),
@@ -467,24 +414,29 @@ impl Site {
 
     /// Kills a holder and forgets it.
     pub async fn forget(&self, name: &str, holder: HolderPid) {
-        self.records.remove(name);
-        if !holder.kill().await {
+        // Not before: the agent may be killed in between, and the next one has to find what is left.
+        if !self.host.kill(holder).await {
             tracing::warn!(workload = name, %holder, "the workload's namespaces do not go away");
         }
+        self.records.remove(name);
         self.remove_remains(name).await;
     }
 
-    /// Removes what a workload that is not here any more has left: its control group, runc's record of it.
+    /// Removes what a workload that is not here any more has left.
     pub async fn remove_remains(&self, name: &str) {
-        let Ok(workload) = self.workload(name) else { return };
-        if let Some(cgroup) = &workload.cgroup {
-            cgroup.remove().await;
+        if let Ok(workload) = self.workload(name) {
+            self.host.remove_remains(workload).await;
         }
-        match &workload.kind {
-            Kind::Process(_) => {}
-            Kind::Runc(container) => self.delete_container(container).await,
-            Kind::Podman(container) => self.forget_podmans(container),
-        }
+    }
+
+    /// The holder that is written down, if it is alive.
+    fn recorded(&self, name: &str) -> Option<HolderPid> {
+        self.records.find(name, |holder| self.host.is_alive(holder))
+    }
+
+    /// The root process of a workload that is here, be it part of a migration or not.
+    pub fn root(&self, name: &str) -> Option<Process> {
+        self.host.root_of(self.recorded(name)?)
     }
 
     /// Where it is.
@@ -500,13 +452,13 @@ impl Site {
     /// It runs here from now on, and its end will be noticed.
     pub fn set_running(self: &Arc<Self>, name: &str, holder: HolderPid) {
         self.set(name, Place::Running(holder));
-        let Some(pidfd) = root_of(holder).and_then(|root| sys::pidfd_open(root.pid).ok()) else {
+        let Some(ended) = self.host.wait_end(holder) else {
             // It ended between two breaths; the next one who asks sees it.
             return;
         };
         let (site, name) = (Arc::downgrade(self), name.to_owned());
-        tokio::spawn(async move {
-            processes::wait_pidfd(pidfd).await;
+        system::spawn(async move {
+            ended.await;
             let Some(site) = site.upgrade() else { return };
             let here = matches!(site.place(&name), Place::Running(now) if now == holder);
             // Where a migration killed it, or it left, somebody else tidies up.
@@ -542,14 +494,14 @@ impl Site {
     fn status(&self, name: &str) -> WorkloadStatus {
         let (state, pid, migration) = match self.place(name) {
             Place::Absent => (WorkloadState::Absent, None, None),
-            Place::Running(holder) => match root_of(holder) {
+            Place::Running(holder) => match self.host.root_of(holder) {
                 Some(root) if root.state == 'T' => (WorkloadState::Frozen, Some(root.pid), None),
                 Some(root) => (WorkloadState::Running, Some(root.pid), None),
                 None => (WorkloadState::Absent, None, None),
             },
             Place::Migrating(session) => {
                 let View { workload, .. } = session.view();
-                let pid = self.records.find(name).and_then(root_of).map(|root| root.pid);
+                let pid = self.root(name).map(|root| root.pid);
                 (workload, pid, Some(session.id.clone()))
             }
         };

@@ -1,32 +1,34 @@
 //! The source's driver: performs what [`crate::roles::source`] says, and tells it what happened.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::Method;
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
+use super::host::{Armed, Criu, Silencing};
 use super::images::{Folder, ImagesError, Upload};
 use super::readiness::ReadinessError;
-use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
+use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::checks::clock::Offset;
 use crate::client::{AgentAt, AgentClient, ClientError, chain};
 use crate::coordinator::machine::MARGIN;
 use crate::criu::kernel_cache;
 use crate::criu::rpc::{Features, Kind};
-use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
+use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
 use crate::memory::layout::{self, EARLIER_FOLDER, Laid, LayoutError, Pages};
 use crate::memory::read::Image;
-use crate::net::drain::Queues;
-use crate::net::repair;
-use crate::net::silence::{Armed, Silence, SilenceError};
+use crate::net::drain::{DrainError, Queues};
+use crate::net::silence::SilenceError;
 use crate::protocol::manifest::{Manifest, Welcome};
-use crate::protocol::{AgentEvent, Prepare, Role, Served, WorkloadState};
+use crate::protocol::{AgentEvent, Prepare, Protocol, Role, Served, WorkloadState};
 use crate::roles::source::{Command, End, Event, State};
+use crate::system::{self, now_unix_us};
 use crate::workload::holder::HolderPid;
 use crate::workload::processes::{self, Process};
 use crate::workload::record::{Debt, Left};
@@ -77,7 +79,7 @@ struct Driver {
     /// As the host counts.
     root: i32,
     folder: Folder,
-    swrk: Option<Swrk>,
+    swrk: Option<Box<dyn Criu>>,
     /// CRIU can leave the pages to us.
     leaves_pages: bool,
     /// When they go over.
@@ -87,12 +89,14 @@ struct Driver {
     /// The coordinator wants it released, and the target fetches memory.
     release_waits: bool,
     upload: Option<Upload>,
-    silence: Silence,
+    silence: Arc<dyn Silencing>,
     silence_timeout: Duration,
     armed: Option<Armed>,
     /// The last thing that was done with the rules; the next waits for it.
     rules: Option<JoinHandle<()>>,
     settle: Duration,
+    /// What was under way when the gate closed is here.
+    settled_at: Instant,
     patience: Duration,
     expires: Instant,
     /// From tasks of this driver.
@@ -117,7 +121,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     match ready {
         Ok((driver, news)) => {
             driver.show(&State::Ready);
-            tokio::spawn(driver.run(asks, news));
+            system::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
@@ -145,21 +149,21 @@ async fn ready(
     if holder.lacks_memory() {
         return Err(PrepareError::Indebted(workload.name));
     }
-    let manifest = site.may_leave(&workload, holder, &root).await?;
+    let manifest = site.host.may_leave(&workload, holder, &root).await?;
     let is_welcome_later = introduce(&client, &session.id, &manifest).await?;
 
-    let silence = site.silence(&workload);
+    let silence = site.host.silence(&workload);
     // A table of a former migration that was cut off would be in the way.
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
-    let mut swrk = site.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
-    let leaves_pages = leave_pages(&mut swrk, holder).await?;
+    let mut swrk = site.host.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
+    let leaves_pages = leave_pages(&mut *swrk, holder).await?;
     kernel_cache::keep(&swrk.kernel_cache(holder), &site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
         layout::write_earlier(folder.path(), processes::tree(root.pid).into_keys())?;
     }
-    start_dump(&mut swrk, root.inner_pid, leaves_pages).await?;
+    start_dump(&mut *swrk, root.inner_pid, leaves_pages).await?;
 
     let (inner, news) = mpsc::unbounded_channel();
     let failed = inner.clone();
@@ -191,11 +195,12 @@ async fn ready(
         silence_timeout,
         rules: None,
         settle: Duration::ZERO,
+        settled_at: Instant::now(),
         patience,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
         images: Vec::new(),
-        queues: Some(queues_of(holder)),
+        queues: Some(site.host.queues(holder)),
     };
     Ok((driver, news))
 }
@@ -228,12 +233,8 @@ async fn introduce(client: &AgentClient, id: &str, manifest: &Manifest) -> Resul
     Ok(later)
 }
 
-fn queues_of(holder: HolderPid) -> Queues {
-    Queues::of(&processes::kept_by(holder.pid))
-}
-
 /// Sees to it that CRIU can be asked to leave pages out; false if it cannot.
-async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkError> {
+async fn leave_pages(swrk: &mut dyn Criu, holder: HolderPid) -> Result<bool, SwrkError> {
     let can = |features: Features| features.mem_track == Some(true);
     if can(swrk.warm().await?) {
         return Ok(true);
@@ -254,7 +255,7 @@ async fn leave_pages(swrk: &mut Swrk, holder: HolderPid) -> Result<bool, SwrkErr
 }
 
 /// Begins a dump and waits until CRIU is in its pre-dump hook.
-async fn start_dump(swrk: &mut Swrk, pid: i32, leaves_pages: bool) -> Result<(), SwrkError> {
+async fn start_dump(swrk: &mut dyn Criu, pid: i32, leaves_pages: bool) -> Result<(), SwrkError> {
     swrk.dump(pid, leaves_pages.then_some(EARLIER_FOLDER)).await?;
     loop {
         match swrk.next().await {
@@ -272,10 +273,10 @@ impl Driver {
         while !matches!(state, State::Ended(_)) {
             let event = tokio::select! {
                 biased;
-                said = next(&mut self.swrk) => self.heard(said).await,
+                said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
                 Some(ask) = asks.recv() => self.asked(ask),
-                () = tokio::time::sleep_until(self.expires.into()) => {
+                () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
                     Some(Event::Expired)
                 }
@@ -294,7 +295,7 @@ impl Driver {
     }
 
     /// Turns what CRIU says into an event; what nobody needs to decide is answered here.
-    async fn heard(&mut self, said: Said) -> Option<Event> {
+    async fn heard(&mut self, said: Said, state: &State) -> Option<Event> {
         match said {
             Said::Hook(Hook::QueryExtFiles) => {
                 let at_unix_us = now_unix_us();
@@ -322,11 +323,17 @@ impl Driver {
             Said::Ended(ended) => {
                 let at_unix_us = now_unix_us();
                 if let Some(swrk) = self.swrk.take() {
-                    tokio::spawn(swrk.end());
+                    system::spawn(swrk.end());
                 }
                 let (failed, in_flight) = match ended {
                     Ended::Well => (None, false),
-                    Ended::Failed { reason, in_flight } => (Some(reason), in_flight),
+                    Ended::Failed { reason, in_flight, was_killed } => {
+                        if was_killed && matches!(state, State::Resuming { .. }) {
+                            // It was undoing its dump, and has left them in repair mode.
+                            self.site.host.reconnect(self.holder);
+                        }
+                        (Some(reason), in_flight)
+                    }
                 };
                 Some(Event::CriuEnded { at_unix_us, failed, in_flight })
             }
@@ -340,8 +347,8 @@ impl Driver {
             // CRIU says then what it lacks, and the tasks run again.
             tracing::error!(error = chain(&error), "CRIU could not be told to leave the memory out");
         }
-        for pid in tasks.values() {
-            // Where the kernel tracks changes, nothing may have changed since. Elsewhere it does nothing.
+        // Where the kernel tracks changes, nothing may have changed since.
+        for pid in tasks.values().filter(|_| kernel_cache::tracks_changes()) {
             let _ = std::fs::write(format!("/proc/{pid}/clear_refs"), "4");
         }
     }
@@ -376,6 +383,7 @@ impl Driver {
             | Ask::Go { .. }
             | Ask::Confirm
             | Ask::Fetch(_)
+            | Ask::ImagesExpected
             | Ask::ImagesBegun
             | Ask::ImagesComplete { .. }
             | Ask::ImagesFailed(_) => None,
@@ -387,44 +395,48 @@ impl Driver {
             Command::Yes => self.answer(true).await,
             Command::No => self.answer(false).await,
             Command::Drain => {
-                let (settle, inner, holder) = (self.settle, self.inner.clone(), self.holder);
-                let queues = self.queues.take();
-                tokio::task::spawn_blocking(move || {
-                    let queues = queues.unwrap_or_else(|| queues_of(holder));
-                    let drained = queues.drain(settle);
-                    // Before CRIU goes on: nobody else may hold these sockets then.
-                    drop(queues);
+                let inner = self.inner.clone();
+                let done = move |drained: Result<(), DrainError>| {
                     let _ = inner.send(match drained {
                         Ok(()) => Event::Drained,
                         Err(error) => Event::DrainFailed(chain(&error)),
                     });
-                });
+                };
+                self.settled_at = Instant::now() + self.settle;
+                let settle = match self.workload.protocol {
+                    // What comes to a frozen server's connection goes with it, so CRIU need not wait.
+                    Protocol::Tcp => Duration::ZERO,
+                    Protocol::Udp => self.settle,
+                };
+                self.site.host.drain(self.holder, self.queues.take(), settle, Box::new(done));
             }
             Command::Fence => {
-                repair::signal(self.holder.pid, Signal::SIGSTOP);
+                self.site.host.signal(self.holder, Signal::SIGSTOP);
                 let debt = || Debt { migration: self.session.id.clone(), to: self.peer_site.clone() };
                 let left = Left { debt: (self.later_bytes > 0).then(debt) };
                 self.site.mark_left(&self.workload.name, Some(&left));
             }
-            Command::Unfence => repair::signal(self.holder.pid, Signal::SIGCONT),
+            Command::Unfence => self.site.host.signal(self.holder, Signal::SIGCONT),
             Command::Revive => {
-                repair::reconnect(self.holder.pid);
-                repair::signal(self.holder.pid, Signal::SIGCONT);
+                self.site.host.reconnect(self.holder);
+                self.site.host.signal(self.holder, Signal::SIGCONT);
                 self.answer_for_criu();
             }
             Command::Kill => {
-                repair::disconnect(self.holder.pid).await;
-                repair::signal(self.holder.pid, Signal::SIGKILL);
+                self.site.host.disconnect(self.holder).await;
+                self.site.host.signal(self.holder, Signal::SIGKILL);
                 self.answer_for_criu();
             }
             Command::DumpAgain => self.dump_again().await,
             Command::Silence => {
                 let (armed, silence, timeout) =
                     (self.armed.take(), self.silence.clone(), self.silence_timeout);
+                let settled = self.site.host.wait_until(self.settled_at);
                 let fire = async move {
+                    settled.await;
                     match armed {
-                        Some(armed) => armed.fire().await,
-                        None => silence.arm(timeout).await?.fire().await,
+                        Some(armed) => armed.await,
+                        None => silence.arm(timeout).await?.await,
                     }
                 };
                 self.change_rules(fire, |done| match done {
@@ -435,7 +447,7 @@ impl Driver {
             Command::Lift => {
                 if self.swrk.is_none() && matches!(state, State::Resuming { .. }) {
                     // A CRIU that was killed has left them in repair mode.
-                    repair::reconnect(self.holder.pid);
+                    self.site.host.reconnect(self.holder);
                 }
                 let silence = self.silence.clone();
                 self.change_rules(async move { silence.lift().await }, |done| {
@@ -459,7 +471,7 @@ impl Driver {
                 // Small images are on their way after the first poll, without waking another thread.
                 match (&mut sending).now_or_never() {
                     Some(sent) => report(sent),
-                    None => drop(tokio::spawn(async move { report(sending.await) })),
+                    None => drop(system::spawn(async move { report(sending.await) })),
                 }
             }
             Command::Report(event) => self.session.report(event),
@@ -490,9 +502,9 @@ impl Driver {
                 layout::write_earlier(self.folder.path(), tasks).map_err(|error| chain(&error))?;
             }
             let starting =
-                self.site.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
+                self.site.host.start_criu(&self.workload, Kind::Dump, self.holder, &[], self.folder.path());
             let mut swrk = starting.await.map_err(|error| chain(&error))?;
-            start_dump(&mut swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
+            start_dump(&mut *swrk, self.pid, self.leaves_pages).await.map_err(|error| chain(&error))?;
             Ok::<_, String>(swrk)
         };
         let event = match start.await {
@@ -515,7 +527,7 @@ impl Driver {
         event: impl FnOnce(Result<(), SilenceError>) -> Event + Send + 'static,
     ) {
         let (before, inner) = (self.rules.take(), self.inner.clone());
-        self.rules = Some(tokio::spawn(async move {
+        self.rules = Some(system::spawn(async move {
             if let Some(before) = before {
                 // It reports by itself how it went.
                 let _ = before.await;
@@ -564,7 +576,7 @@ impl Driver {
 }
 
 /// Waits for CRIU, or forever where there is none.
-async fn next(swrk: &mut Option<Swrk>) -> Said {
+async fn next(swrk: &mut Option<Box<dyn Criu>>) -> Said {
     match swrk {
         Some(swrk) => swrk.next().await,
         None => std::future::pending().await,

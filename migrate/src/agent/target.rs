@@ -4,28 +4,29 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::config::Workload;
+use super::host::{Armed, Criu, Held, Silencing};
 use super::images::{Folder, ImagesError};
 use super::readiness::ReadinessError;
-use super::session::{Ask, PREPARED_LIMIT, Session, View, now_unix_us, patience};
+use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
 use crate::criu::kernel_cache;
-use crate::criu::swrk::{Ended, Hook, Said, Swrk, SwrkError};
-use crate::net::repair;
-use crate::net::silence::{Armed, Silence, SilenceError};
+use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
+use crate::net::silence::SilenceError;
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
 use crate::roles::target::{Before, Command, Committed, Event, State};
+use crate::system::{self, now_unix_us};
 use crate::workload::cgroup::CgroupError;
-use crate::workload::holder::{Holder, HolderError, HolderPid};
-use crate::workload::record::root_of;
+use crate::workload::holder::{HolderError, HolderPid};
 
 /// Why a target could not get ready.
 #[derive(Debug, thiserror::Error)]
@@ -65,13 +66,13 @@ struct Driver {
     session: Arc<Session>,
     holder_pid: HolderPid,
     /// Until it is told to stay.
-    holder: Option<Holder>,
+    holder: Option<Box<dyn Held>>,
     /// Wiped when the driver ends, or soon after.
     folder: Option<Folder>,
-    swrk: Option<Swrk>,
+    swrk: Option<Box<dyn Criu>>,
     patience: Duration,
     lease: Duration,
-    silence: Silence,
+    silence: Arc<dyn Silencing>,
     muting: Option<Muting>,
     /// Memory comes after the restore.
     is_lazy: bool,
@@ -81,7 +82,7 @@ struct Driver {
 
 /// Rules that keep a copy that may not run yet from being heard.
 enum Muting {
-    Armed(Box<Armed>),
+    Armed(Armed),
     Fired(JoinHandle<Result<(), SilenceError>>),
 }
 
@@ -91,8 +92,8 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     let workload = site.workload(name)?;
     give_up_former(site, name, id).await;
     site.check_absent(name)?;
-    site.check_address(workload)?;
-    site.make_room(workload).await.map_err(SiteError::from)?;
+    site.host.check_address(workload)?;
+    site.host.make_room(workload).await.map_err(SiteError::from)?;
     let (session, asks) = Session::new(id, Role::Target, name, WorkloadState::Restoring);
     let session = Arc::new(session);
     site.set(name, Place::Migrating(session.clone()));
@@ -100,7 +101,7 @@ pub async fn prepare(site: &Arc<Site>, id: &str, prepare: &Prepare) -> Result<()
     match ready(site, &session, prepare).await {
         Ok((driver, news)) => {
             driver.show(&State::START);
-            tokio::spawn(driver.run(asks, news));
+            system::spawn(driver.run(asks, news));
             Ok(())
         }
         Err(error) => {
@@ -132,14 +133,14 @@ async fn ready(
     session: &Arc<Session>,
     prepare: &Prepare,
 ) -> Result<(Driver, mpsc::UnboundedReceiver<Event>), PrepareError> {
-    site.check_criu().await?;
+    site.host.check_criu().await?;
     // Silence of a former migration would make the restored server deaf.
     let workload = site.workload(&prepare.workload)?;
-    let silence = site.silence(workload);
+    let silence = site.host.silence(workload);
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let muting = silence.arm_muting().await?;
-    let (holder, mut swrk) = site.start_restore(workload, folder.path()).await?;
+    let (holder, mut swrk) = site.host.start_restore(workload, folder.path()).await?;
     let features = swrk.warm().await?;
     // It is prepared once.
     let _ = session.can_fetch.set(features.lazy_pages == Some(true));
@@ -155,7 +156,7 @@ async fn ready(
         patience: patience(prepare.hold_deadline_ms),
         lease: Duration::from_millis(prepare.lease_ms),
         silence,
-        muting: Some(Muting::Armed(Box::new(muting))),
+        muting: Some(Muting::Armed(muting)),
         is_lazy: false,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
@@ -189,7 +190,7 @@ pub async fn fetch_later(site: &Site, session: &Session) -> Result<bool, Readine
             peer.url
         )));
     }
-    tokio::spawn(async move { pager.wait().await });
+    system::spawn(async move { pager.wait().await });
     session.ask(Ask::Fetch(Arc::new(end.into())));
     Ok(true)
 }
@@ -200,6 +201,7 @@ pub async fn receive<E: std::fmt::Display>(
     session: &Session,
     stream: impl futures_util::Stream<Item = Result<bytes::Bytes, E>> + Unpin,
 ) -> Result<(), ImagesError> {
+    session.ask(Ask::ImagesExpected);
     let path = site.images.join(&session.id);
     match Folder::receive(&path, stream, || session.ask(Ask::ImagesBegun)).await {
         Ok(sent_bytes) => {
@@ -221,8 +223,8 @@ impl Driver {
                 biased;
                 said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
-                Some(ask) = asks.recv() => self.asked(ask),
-                () = tokio::time::sleep_until(self.expires.into()) => {
+                Some(ask) = asks.recv() => self.asked(ask).await,
+                () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
                     Some(Event::Expired)
                 }
@@ -268,7 +270,7 @@ impl Driver {
                     Ended::Failed { reason, .. } => Some(reason),
                 };
                 let is_starting = matches!(state, State::Committed(Committed::Starting { .. }));
-                if is_starting && failed.is_some() && root_of(self.holder_pid).is_some() {
+                if is_starting && failed.is_some() && self.site.host.root_of(self.holder_pid).is_some() {
                     // It was killed while it let go of the tasks, of which none was killed: they run without it.
                     let _ = self.inner.send(Event::CriuEnded { failed });
                     return Some(Event::HookPostResume { at_unix_us: now_unix_us() });
@@ -278,7 +280,7 @@ impl Driver {
         }
     }
 
-    fn asked(&mut self, ask: Ask) -> Option<Event> {
+    async fn asked(&mut self, ask: Ask) -> Option<Event> {
         match ask {
             Ask::Offer => Some(Event::Offer),
             Ask::Go { offer } => Some(Event::Go { offer }),
@@ -290,6 +292,14 @@ impl Driver {
                     // Without its guard the pager goes away, and the restore says that it is not there.
                     Some(Err(error)) => tracing::error!(error = chain(&error), "nobody guards the memory"),
                     None => {}
+                }
+                None
+            }
+            Ask::ImagesExpected => {
+                if let Some(swrk) = &mut self.swrk
+                    && let Err(error) = swrk.restore(self.is_lazy).await
+                {
+                    tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
                 }
                 None
             }
@@ -308,12 +318,12 @@ impl Driver {
         match command {
             Command::Restore => {
                 if let Some(Muting::Armed(armed)) = self.muting.take() {
-                    self.muting = Some(Muting::Fired(tokio::spawn(armed.fire())));
+                    self.muting = Some(Muting::Fired(system::spawn(armed)));
                 }
                 if let Some(swrk) = &mut self.swrk
-                    && let Err(error) = swrk.restore(self.is_lazy).await
+                    && let Err(error) = swrk.take_images()
                 {
-                    tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
+                    tracing::warn!(error = chain(&error), "CRIU could not be asked to go on");
                 }
             }
             Command::Keep => {
@@ -331,12 +341,12 @@ impl Driver {
                 self.answer().await;
             }
             Command::Yes => self.answer().await,
-            Command::Suspend => repair::suspend(self.holder_pid.pid).await,
-            Command::Continue => repair::signal(self.holder_pid.pid, Signal::SIGCONT),
+            Command::Suspend => self.site.host.suspend(self.holder_pid).await,
+            Command::Continue => self.site.host.signal(self.holder_pid, Signal::SIGCONT),
             Command::Drop => {
                 // With its connections out of repair mode: killed like this it would say so to every client.
-                repair::disconnect(self.holder_pid.pid).await;
-                if !self.holder_pid.kill().await {
+                self.site.host.disconnect(self.holder_pid).await;
+                if !self.site.host.kill(self.holder_pid).await {
                     tracing::error!(holder = %self.holder_pid, "the restored copy does not go away");
                 }
                 self.holder = None;
@@ -457,14 +467,14 @@ impl Driver {
 /// Wipes images when the restored server has had time to answer its backlog: freeing them takes a processor that it
 /// needs more.
 fn wipe_later(folder: Folder) {
-    tokio::spawn(async move {
+    system::spawn(async move {
         tokio::time::sleep(WIPE_AFTER).await;
         // Nothing waits for it, and a failure is logged there.
         let _ = tokio::task::spawn_blocking(move || drop(folder)).await;
     });
 }
 
-async fn next(swrk: &mut Option<Swrk>) -> Said {
+async fn next(swrk: &mut Option<Box<dyn Criu>>) -> Said {
     match swrk {
         Some(swrk) => swrk.next().await,
         None => std::future::pending().await,

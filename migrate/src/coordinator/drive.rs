@@ -4,17 +4,19 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{Method, StatusCode};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::machine::{Command, Event, LEASE, Machine, State, Verdict};
 use super::operator::{Orders, Resolution};
 use super::{AgentAt, Cutover, Decision, Outcome, Progress, Report, Spec};
 use crate::client::{AgentClient, ClientError, chain};
 use crate::protocol::{AgentEvent, Freeze, Go, Part, Prepare, Prepared, Role, Running, Served};
+use crate::system;
 
 /// An agent may have to start processes and warm caches.
 const PREPARE_ANSWER: Duration = Duration::from_secs(20);
@@ -118,7 +120,7 @@ pub(super) async fn drive(
         let wake_at = driver.machine.wake_at().map(|at| driver.started + at);
         let tick = async {
             match wake_at {
-                Some(at) => tokio::time::sleep_until(at.into()).await,
+                Some(at) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
             }
         };
@@ -293,7 +295,7 @@ impl Driver {
     fn tidy_later(&self) {
         let (Some(client), part) = (self.target.clone(), self.part(Role::Target)) else { return };
         let (id, path) = (self.spec.id.clone(), format!("/v1/migrations/{}/abort", self.spec.id));
-        tokio::spawn(async move {
+        system::spawn(async move {
             let until = Instant::now() + TIDY_LIMIT;
             while Instant::now() < until {
                 let answer: Result<Option<Running>, ClientError> =
@@ -343,7 +345,7 @@ impl Driver {
             Role::Source => self.spec.source.site.clone(),
             Role::Target => self.spec.target.site.clone(),
         };
-        self.tasks.spawn(async move {
+        self.tasks.spawn(system::inherit(async move {
             let path = format!("/v1/migrations/{id}");
             let answer: Result<Prepared, _> =
                 client.json(Method::PUT, &path, Some(&prepare), PREPARE_ANSWER).await;
@@ -361,7 +363,7 @@ impl Driver {
             if let Some(reason) = failed {
                 tell(&news, failure(role, reason));
             }
-        });
+        }));
     }
 
     /// Sends a request; its answer or its failure comes as news.
@@ -381,7 +383,7 @@ impl Driver {
             return;
         };
         let path = format!("/v1/migrations/{}/{verb}", self.spec.id);
-        self.tasks.spawn(async move {
+        self.tasks.spawn(system::inherit(async move {
             let answer: Result<A, ClientError> = client.json(Method::POST, &path, Some(&body), ANSWER).await;
             match answer {
                 Ok(answer) => {
@@ -399,7 +401,7 @@ impl Driver {
                 }
                 Err(error) => tell(&news, failure(role, chain(&error))),
             }
-        });
+        }));
     }
 
     /// An operator's word, written down before it is acted on.

@@ -10,10 +10,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// `struct kerndat_s` begins with a magic number, a device, the last capability and the zero page's number, padded to 8
 /// bytes each; then `has_dirty_track`.
 const TRACKING_AT: u64 = 32;
+const PAGE_BYTES: usize = 4096;
+/// Of a page's entry in `pagemap`.
+const SOFT_DIRTY: u64 = 1 << 55;
 
 /// Keeps what a CRIU has found out about this kernel, for those that are started later.
 pub fn keep(found: &Path, path: &Path) {
@@ -36,9 +40,31 @@ pub fn claim_tracking(cache: &Path, claim: bool) -> io::Result<()> {
     file.write_all_at(&[u8::from(claim)], TRACKING_AT)
 }
 
+/// Whether this kernel tracks changes of memory: it says so of a page that was just written (pagemap(5)).
+pub fn tracks_changes() -> bool {
+    static TRACKS: OnceLock<bool> = OnceLock::new();
+    *TRACKS.get_or_init(|| {
+        let written = std::hint::black_box(Box::new([1_u8; 2 * PAGE_BYTES]));
+        let page = (written.as_ptr() as usize / PAGE_BYTES + 1) as u64;
+        let mut entry = [0; size_of::<u64>()];
+        let read =
+            File::open("/proc/self/pagemap").and_then(|pages| pages.read_exact_at(&mut entry, page * 8));
+        read.is_ok() && u64::from_ne_bytes(entry) & SOFT_DIRTY != 0
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernel_tracks_changes_if_it_was_built_to() {
+        let Ok(config) = std::process::Command::new("zcat").arg("/proc/config.gz").output() else { return };
+        if config.status.success() {
+            let expected = String::from_utf8_lossy(&config.stdout).contains("CONFIG_MEM_SOFT_DIRTY=y");
+            assert_eq!(tracks_changes(), expected);
+        }
+    }
 
     #[test]
     fn only_the_one_byte_is_touched_and_only_if_it_is_a_flag() {

@@ -2,6 +2,7 @@
 //!
 //! * [`rpc`]: the messages (CRIU's `rpc.proto`, the part that is used).
 //! * [`swrk`]: one CRIU process and the connection to it.
+//! * [`latch`]: what a restore waits at that was begun before there are images.
 //! * [`relay`]: CRIU behind a container runtime that starts it.
 //! * [`log`]: the lines of CRIU's log that say why something failed.
 //! * [`program`]: which CRIU is run.
@@ -12,6 +13,7 @@
 pub mod check;
 pub mod images;
 pub mod kernel_cache;
+pub mod latch;
 pub mod log;
 pub mod program;
 pub mod relay;

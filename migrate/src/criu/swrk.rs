@@ -17,6 +17,7 @@ use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, recv, 
 use prost::Message;
 use tokio::io::unix::AsyncFd;
 
+use super::latch::Latch;
 use super::log;
 use super::program::Program;
 use super::relay::Relay;
@@ -49,6 +50,9 @@ pub enum SwrkError {
     /// The connection broke.
     #[error("the connection to CRIU broke")]
     Connection(#[source] io::Error),
+    /// They cannot be given to it.
+    #[error("CRIU cannot be given the images: do they have an inventory?")]
+    Images(#[source] io::Error),
     /// It sent something unknown.
     #[error("CRIU sent a message that makes no sense: is it 4.2 or newer?")]
     Message(#[source] prost::DecodeError),
@@ -107,6 +111,8 @@ pub enum Ended {
         reason: String,
         /// A connection in the accept queue was the reason.
         in_flight: bool,
+        /// It went away without a last word, so it has not tidied up.
+        was_killed: bool,
     },
 }
 
@@ -119,6 +125,8 @@ pub struct Swrk {
     images: PathBuf,
     /// The container runtime that CRIU was started by.
     relay: Option<Relay>,
+    /// Until the images are there.
+    latch: Option<Latch>,
 }
 
 impl Swrk {
@@ -145,7 +153,7 @@ impl Swrk {
             .stderr(Stdio::from(stderr));
         let process = command.spawn().map_err(SwrkError::Start)?;
         let socket = register(ours)?;
-        Ok(Self { socket, process, images: images.to_owned(), relay: None })
+        Ok(Self { socket, process, images: images.to_owned(), relay: None, latch: None })
     }
 
     /// One that a container runtime has started; `process` is the runtime.
@@ -155,7 +163,8 @@ impl Swrk {
         process: tokio::process::Child,
         images: &Path,
     ) -> Result<Self, SwrkError> {
-        Ok(Self { socket: register(ours)?, process, images: images.to_owned(), relay: Some(relay) })
+        let socket = register(ours)?;
+        Ok(Self { socket, process, images: images.to_owned(), relay: Some(relay), latch: None })
     }
 
     /// The container's monitor, if it is one that has started CRIU.
@@ -204,10 +213,16 @@ impl Swrk {
         self.begin(Kind::Dump, Options { pid: Some(pid), ..options.clone() }, &options).await
     }
 
-    /// Begins to restore what is in the images folder; if `is_lazy`, without the pages that are marked so.
+    /// Begins to restore, as far as that goes without images; if `is_lazy`, without the pages that are marked so.
     pub async fn restore(&mut self, is_lazy: bool) -> Result<(), SwrkError> {
+        self.latch = Some(Latch::shut(&self.images).map_err(SwrkError::Images)?);
         let options = Options { lazy_pages: Some(is_lazy), ..options() };
         self.begin(Kind::Restore, options.clone(), &options).await
+    }
+
+    /// Goes on with a restore: the images are in their folder.
+    pub fn take_images(&mut self) -> Result<(), SwrkError> {
+        self.latch.take().map_or(Ok(()), Latch::open).map_err(SwrkError::Images)
     }
 
     /// Sends our own request, or a container's with our options.
@@ -236,6 +251,7 @@ impl Swrk {
                 return Said::Ended(Ended::Failed {
                     reason: self.explain_error(&error),
                     in_flight: self.is_in_flight(),
+                    was_killed: true,
                 });
             }
         };
@@ -245,7 +261,8 @@ impl Swrk {
             }
             Response { success: true, .. } => Said::Ended(Ended::Well),
             failed => {
-                Said::Ended(Ended::Failed { reason: self.explain(&failed), in_flight: self.is_in_flight() })
+                let (reason, in_flight) = (self.explain(&failed), self.is_in_flight());
+                Said::Ended(Ended::Failed { reason, in_flight, was_killed: false })
             }
         }
     }
@@ -263,7 +280,7 @@ impl Swrk {
     /// Waits until the process is gone.
     pub async fn end(mut self) {
         // A runtime that has not heard CRIU's last word finds that there is nobody any more.
-        drop((self.socket, self.relay));
+        drop((self.socket, self.relay, self.latch));
         if tokio::time::timeout(END_LIMIT, self.process.wait()).await.is_err() {
             tracing::warn!(pid = self.process.id(), "CRIU has answered but does not end; it is left alone");
         }

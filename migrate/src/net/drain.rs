@@ -68,6 +68,11 @@ impl Queues {
         }
     }
 
+    /// True if nothing waits in any of them now.
+    pub fn are_empty(&self) -> bool {
+        matches!(self.waiting(), Ok(0))
+    }
+
     /// In how many sockets something waits.
     fn waiting(&self) -> Result<usize, Errno> {
         let mut fds: Vec<_> = self.0.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();

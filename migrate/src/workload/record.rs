@@ -40,11 +40,11 @@ impl Records {
     }
 
     /// The holder of a workload, if its record is there and the holder is alive; a stale record is removed.
-    pub fn find(&self, workload: &str) -> Option<HolderPid> {
+    pub fn find(&self, workload: &str, is_alive: impl Fn(HolderPid) -> bool) -> Option<HolderPid> {
         let path = self.path(workload);
         let holder = serde_json::from_slice::<HolderPid>(&std::fs::read(&path).ok()?);
         match holder {
-            Ok(holder) if holder.is_alive() => Some(holder),
+            Ok(holder) if is_alive(holder) => Some(holder),
             _ => {
                 self.remove(workload);
                 None
@@ -81,6 +81,15 @@ impl Records {
                 _ => Ok(()),
             },
         }
+    }
+
+    /// The number of a workload's next offer, greater than all before, whichever agent made them.
+    pub fn next_offer(&self, workload: &str, first: u32) -> io::Result<u32> {
+        let path = self.folder.join(format!("{workload}.offer"));
+        let last = std::fs::read_to_string(&path).ok().and_then(|text| text.parse::<u32>().ok());
+        let next = last.map_or(first, |last| last + 1);
+        std::fs::write(path, next.to_string())?;
+        Ok(next)
     }
 
     /// Removes a record; one that is not there is removed already.
@@ -143,11 +152,18 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         let alive = HolderPid { pid, start_ticks: processes::start_ticks(pid).unwrap() };
         records.write("chat-1", alive).unwrap();
-        assert_eq!(records.find("chat-1"), Some(alive));
+        assert_eq!(records.find("chat-1", |holder| holder.is_alive()), Some(alive));
         records.write("chat-1", HolderPid { start_ticks: 1, ..alive }).unwrap();
-        assert_eq!(records.find("chat-1"), None);
+        assert_eq!(records.find("chat-1", |holder| holder.is_alive()), None);
         assert!(!folder.path().join("workloads/chat-1.json").exists());
         records.remove("chat-1");
+    }
+
+    #[test]
+    fn an_offers_number_never_comes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let next = || Records::open(folder.path().to_owned()).unwrap().next_offer("chat-1", 7).unwrap();
+        assert_eq!([next(), next(), next()], [7, 8, 9]);
     }
 
     #[test]
