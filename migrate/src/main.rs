@@ -21,6 +21,7 @@ use migrate::workload::enter::{self, What};
 use migrate::workload::holder::HolderPid;
 use migrate::workload::init;
 use migrate::workload::user::Identity;
+use migrate::workload::watcher;
 
 /// Moves running servers between sites, with their connections.
 #[derive(Debug, Parser)]
@@ -43,6 +44,7 @@ enum Command {
     ///     state_dir = "/run/drover/ams"      # optional; images are kept below it in memory
     ///     criu = ["criu"]                    # optional
     ///     runc = "runc"                      # optional: the program that runs containers
+    ///     podman = ["podman"]                # optional: and what stands before each of its commands
     ///     spare_memory_mib = 64              # optional: available memory that a migration has to leave
     ///     [tls]                              # insecure = true instead of it: whoever reaches the agent commands it
     ///     ca = "/etc/drover/ca.pem"
@@ -74,6 +76,11 @@ enum Command {
     ///     address = "10.1.0.2:6379"
     ///     protocol = "tcp"
     ///     runc = { bundle = "/srv/chat-2" }  # optional: container = "NAME", by default the workload's
+    ///     [[workloads]]                      # a container of podman's, created at every site
+    ///     name = "chat-3"
+    ///     address = "10.1.0.3:6379"
+    ///     protocol = "tcp"
+    ///     podman = {}                        # optional: container = "NAME", by default the workload's
     #[command(verbatim_doc_comment)]
     Agent {
         /// The agent's configuration.
@@ -98,6 +105,12 @@ enum Command {
         first_pid: Option<u32>,
         #[arg(long)]
         kernel_cache: Option<PathBuf>,
+    },
+    /// Watch a container that its own monitor keeps.
+    #[command(hide = true)]
+    Watcher {
+        #[arg(long)]
+        monitor: HolderPid,
     },
     /// Start something inside a workload's namespaces.
     #[command(hide = true)]
@@ -174,6 +187,7 @@ fn main() -> ExitCode {
         Command::Init { first_pid, kernel_cache } => {
             init::run(first_pid, kernel_cache.as_deref()).map(|()| 0)
         }
+        Command::Watcher { monitor } => watcher::run(monitor).map(|()| 0),
         Command::Pager { id, folder, source_site, source_url, tls } => {
             bring_pages(id, folder, source_site, source_url, tls).map(|()| 0)
         }

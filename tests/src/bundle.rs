@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::error::LabError;
 
 /// The server's program inside of the container.
-const PROGRAM: &str = "/server";
+pub const PROGRAM: &str = "/server";
 
 /// A bundle's configuration.
 #[derive(Clone, Copy, Debug)]

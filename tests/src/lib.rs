@@ -26,6 +26,7 @@ pub mod http;
 mod lab_id;
 pub mod link;
 mod namespace;
+pub mod podman;
 pub mod process;
 pub mod processors;
 mod programs;

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 
 use crate::error::LabError;
 use crate::lab_id::{BPFFS, LabId, NAMESPACES, SCRATCH};
-use crate::wait_for;
+use crate::{podman, wait_for};
 
 /// Where control groups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -82,6 +82,7 @@ pub(crate) fn remove(id: &LabId) {
     }
     remove_cgroups(id);
     let dir = id.dir();
+    podman::remove_records(&dir);
     mounts_below(&dir).iter().for_each(|path| unmount(path));
     if let Err(error) = absent_is_fine(fs::remove_dir_all(&dir)) {
         complain(&dir, &error);
@@ -97,11 +98,21 @@ fn remove_cgroups(id: &LabId) {
         for group in groups.filter(|name| LabId::from_name(name).as_ref() == Some(id)) {
             let group = root.join(group);
             // Tasks that were killed leave it a moment later.
-            if wait_for(KILL_LIMIT, || absent_is_fine(fs::remove_dir(&group)).ok()).is_none() {
+            if wait_for(KILL_LIMIT, || absent_is_fine(remove_group(&group)).ok()).is_none() {
                 eprintln!("lab {id}: the control group {} stays", group.display());
             }
         }
     }
+}
+
+/// Removes a control group and those below it.
+fn remove_group(group: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(group)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_group(&entry.path())?;
+        }
+    }
+    fs::remove_dir(group)
 }
 
 /// Kills the processes that live in one of the network namespaces and returns those that were still there.

@@ -1,4 +1,4 @@
-//! A server in a container of runc's moves as one that is a process does: under live clients, nothing lost, no reset;
+//! A server in a container of runc's or podman's moves as one that is a process does: under live clients, nothing lost, no reset;
 //! and what is wrong with it is said.
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
@@ -8,9 +8,10 @@ mod drill;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lab::stack::{Stack, StackOptions, Workload};
-use lab::{Lab, Site, bundle, installed};
+use lab::{Lab, Site, bundle, installed, podman, wait_for};
 use serde_json::{Value, json};
 
 use drill::{Drill, LIMIT, large};
@@ -25,20 +26,80 @@ fn state(drill: &Drill, site: Site) -> String {
     all[0]["state"].as_str().unwrap().to_owned()
 }
 
+/// Asks podman at a site.
+fn ask(drill: &Drill, site: Site, words: &[&str]) -> String {
+    podman::run(drill.stack.lab(), site, words).unwrap()
+}
+
+/// What podman says of the container at a site.
+fn podmans(drill: &Drill, site: Site) -> String {
+    ask(drill, site, &["inspect", "--format", "{{.State.Status}}", drill.name()])
+}
+
+/// podman has written down that the container has ended at a site.
+fn ends(drill: &Drill, site: Site) {
+    let word = || {
+        // podman needs the container's lock for its own work, too.
+        std::thread::sleep(Duration::from_millis(50));
+        (podmans(drill, site) == "exited").then_some(())
+    };
+    assert!(wait_for(LIMIT, word).is_some(), "{}", podmans(drill, site));
+}
+
+fn moves_there_and_back(drill: &Drill, times: usize, mut after: impl FnMut(Site)) {
+    for to in [Site::B, Site::A].repeat(times) {
+        drill.commits(to);
+        drill.goes_on();
+        assert_eq!(state(drill, to), "running");
+        // A monitor of podman's may take longer to go than the release waits.
+        wait_for(LIMIT, || (state(drill, to.other()) == "absent").then_some(())).unwrap();
+        after(to);
+    }
+}
+
 #[test]
 fn a_container_moves_there_and_back_under_its_clients() {
     let drill = Drill::new(container());
-    for to in [Site::B, Site::A].repeat(10) {
-        drill.commits(to);
-        drill.goes_on();
-        assert_eq!((state(&drill, to), state(&drill, to.other())), ("running".into(), "absent".into()));
-    }
+    moves_there_and_back(&drill, 10, |_| {});
     drill.must_be_whole();
 }
 
 #[test]
-fn a_container_that_cannot_move_goes_on() {
-    let drill = Drill::new(large().in_container());
+fn podmans_container_moves_there_and_back_under_its_clients() {
+    let drill = Drill::new(Workload::redis(1).in_podman());
+    moves_there_and_back(&drill, 10, |to| {
+        assert_eq!(podmans(&drill, to), "running");
+        // The source is let go a moment later, and podman tidies up after that.
+        ends(&drill, to.other());
+    });
+    // What podman is asked for by others goes on working.
+    drill.commits(Site::B);
+    let version = ask(&drill, Site::B, &["exec", drill.name(), "/server", "--version"]);
+    assert!(version.starts_with("Redis server"), "{version}");
+    drill.must_be_whole();
+}
+
+#[test]
+fn podmans_container_that_podman_stops_and_starts_is_the_agents() {
+    let mut drill = Drill::new(Workload::redis(1).in_podman());
+    drill.commits(Site::B);
+    drill.ends_whole();
+    ask(&drill, Site::B, &["stop", drill.name()]);
+    wait_for(LIMIT, || (state(&drill, Site::B) == "absent").then_some(())).unwrap();
+    ends(&drill, Site::B);
+    ask(&drill, Site::B, &["start", drill.name()]);
+    drill.stack.restart_agent(Site::B).unwrap();
+    assert_eq!(state(&drill, Site::B), "running");
+    for (what, podmans_word) in [("stop", "exited"), ("start", "running")] {
+        let path = format!("/v1/workloads/{}/{what}", drill.name());
+        let (status, answer) = drill.stack.agent(Site::B, "POST", &path, None).unwrap();
+        assert!(status < 300, "{answer}");
+        assert_eq!(podmans(&drill, Site::B), podmans_word);
+    }
+}
+
+fn that_cannot_move_goes_on(workload: Workload) {
+    let drill = Drill::new(workload);
     drill.fill();
     let migration = drill.migrate(Site::B, json!({"deadline_ms": 40}));
     drill.rolled_back(&migration, "deadline");
@@ -49,8 +110,17 @@ fn a_container_that_cannot_move_goes_on() {
 }
 
 #[test]
-fn an_agent_that_was_killed_adopts_its_container() {
-    let mut drill = Drill::new(container());
+fn a_container_that_cannot_move_goes_on() {
+    that_cannot_move_goes_on(large().in_container());
+}
+
+#[test]
+fn podmans_container_that_cannot_move_goes_on() {
+    that_cannot_move_goes_on(large().in_podman());
+}
+
+fn is_adopted_by_the_next_agent(workload: Workload) {
+    let mut drill = Drill::new(workload);
     for to in [Site::B, Site::A] {
         for site in Site::ALL {
             drill.stack.restart_agent(site).unwrap();
@@ -63,8 +133,17 @@ fn an_agent_that_was_killed_adopts_its_container() {
 }
 
 #[test]
-fn an_agent_that_dies_in_a_containers_move_loses_nothing() {
-    let mut drill = Drill::new(large().in_container());
+fn an_agent_that_was_killed_adopts_its_container() {
+    is_adopted_by_the_next_agent(container());
+}
+
+#[test]
+fn an_agent_that_was_killed_adopts_podmans_container() {
+    is_adopted_by_the_next_agent(Workload::redis(1).in_podman());
+}
+
+fn survives_an_agent_that_dies_in_its_move(workload: Workload) {
+    let mut drill = Drill::new(workload);
     drill.fill();
     for (dying, phase) in
         [(Site::B, "freeze"), (Site::B, "transfer"), (Site::A, "freeze"), (Site::A, "transfer")]
@@ -75,10 +154,21 @@ fn an_agent_that_dies_in_a_containers_move_loses_nothing() {
         drill.stack.restart_agent(dying).unwrap();
         let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
         drill.rolled_back(&migration, "");
-        assert_eq!(state(&drill, Site::B), "absent");
+        // podman takes a moment to tidy up.
+        wait_for(LIMIT, || (state(&drill, Site::B) == "absent").then_some(())).unwrap();
     }
     drill.commits(Site::B);
     drill.must_be_whole();
+}
+
+#[test]
+fn an_agent_that_dies_in_a_containers_move_loses_nothing() {
+    survives_an_agent_that_dies_in_its_move(large().in_container());
+}
+
+#[test]
+fn an_agent_that_dies_in_the_move_of_podmans_container_loses_nothing() {
+    survives_an_agent_that_dies_in_its_move(large().in_podman());
 }
 
 #[test]
@@ -120,6 +210,31 @@ fn what_a_container_needs_is_looked_for_before_anything_is_held() {
     std::fs::write(&agent, &lines).unwrap();
     drill.stack.restart_agent(Site::B).unwrap();
 
+    drill.commits(Site::B);
+    drill.must_be_whole();
+}
+
+#[test]
+fn what_podmans_container_needs_is_looked_for_before_anything_is_held() {
+    let drill = Drill::new(Workload::redis(1).in_podman());
+    let (lab, name) = (drill.stack.lab(), drill.name());
+    let program = drill.workload.contained();
+    let refused = |why: &str| drill.rolled_back(&drill.migrate(Site::B, Value::Null), why);
+    ask(&drill, Site::B, &["rm", name]);
+    refused("podman knows no container");
+    for (options, why) in [
+        (&["--restart", "always"][..], "has a restart policy"),
+        (&["--rm"], "is removed when it ends"),
+        (&["--tty"], "a terminal cannot be moved"),
+    ] {
+        podman::create(lab, Site::B, name, options, &program).unwrap();
+        refused(why);
+        ask(&drill, Site::B, &["rm", "--force", name]);
+    }
+    podman::create(lab, Site::B, name, &[], &program).unwrap();
+    ask(&drill, Site::B, &["start", name]);
+    refused("runs at the target already");
+    ask(&drill, Site::B, &["stop", name]);
     drill.commits(Site::B);
     drill.must_be_whole();
 }

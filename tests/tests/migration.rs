@@ -17,7 +17,7 @@ use bench::driver::{self, Load, Source};
 use bench::probe::wait_until_it_answers;
 use bench::scenario::Scenario;
 use lab::link::{QueueLimit, Spec, Way, WaySpec};
-use lab::stack::{HoldOptions, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Runner, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::{Value, json};
 
@@ -55,7 +55,7 @@ fn arena(settings: &[(&str, &str)]) -> (Lab, Workload) {
         service: SocketAddr::new(address::VIRTUAL4.into(), scenario.port()),
         mode: lab::stack::Mode::Nat,
         memory: lab::stack::Memory::Auto,
-        is_container: false,
+        runner: Runner::Agent,
     };
     (lab, workload)
 }

@@ -18,7 +18,7 @@ use bench::driver::{self, Load, Source};
 use bench::report::Verification;
 use bench::scenario::{Scenario, redis};
 use bench::verify::redis_counts;
-use lab::stack::{HoldOptions, Mode, Protocol, Stack, StackOptions, Tunnels, Workload};
+use lab::stack::{HoldOptions, Mode, Protocol, Runner, Stack, StackOptions, Tunnels, Workload};
 use lab::{Lab, Site, address, program};
 use serde_json::Value;
 
@@ -59,7 +59,7 @@ fn counter(v6: bool) -> Workload {
         service: SocketAddr::new(service, PORT),
         mode: Mode::Nat,
         memory: lab::stack::Memory::Auto,
-        is_container: false,
+        runner: Runner::Agent,
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Config {
     pub criu: Option<Vec<String>>,
     /// The program that runs containers.
     pub runc: PathBuf,
+    /// podman, and what stands before each of its commands.
+    pub podman: Vec<String>,
     /// Available memory that a migration has to leave.
     pub spare_memory_bytes: u64,
     /// The site's end of the load balancer's tunnels, where it is ours.
@@ -127,7 +129,7 @@ pub struct Workload {
     pub start: bool,
     /// When its memory goes over.
     pub memory: Memory,
-    /// What bounds it at this site; a container's bounds are in its bundle.
+    /// What bounds it at this site; a container has bounds of its own.
     pub cgroup: Option<Cgroup>,
 }
 
@@ -138,6 +140,8 @@ pub enum Kind {
     Process(Process),
     /// A container of runc's.
     Runc(Container),
+    /// A container of podman's, by its name.
+    Podman(String),
 }
 
 /// A program that the agent starts.
@@ -161,11 +165,17 @@ impl Workload {
         self.cgroup.as_ref().map_or_else(|| Ok(Vec::new()), Cgroup::make)
     }
 
-    /// Its container, if it is one.
-    pub fn container(&self) -> Option<&Container> {
+    /// Whether it is one.
+    pub fn is_container(&self) -> bool {
+        !matches!(self.kind, Kind::Process(_))
+    }
+
+    /// Who runs its container, and what it is called there.
+    fn container(&self) -> Option<(&'static str, &str)> {
         match &self.kind {
             Kind::Process(_) => None,
-            Kind::Runc(container) => Some(container),
+            Kind::Runc(container) => Some(("runc", &container.name)),
+            Kind::Podman(name) => Some(("podman", name)),
         }
     }
 }
@@ -219,6 +229,7 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         assert_eq!(config.state_dir, Path::new("/run/drover/ams"));
         assert_eq!(process(&config.workloads[0]).dir, Path::new("/"));
         assert_eq!(config.runc, Path::new("runc"));
+        assert_eq!(config.podman, ["podman"]);
         assert_eq!(config.spare_memory_bytes, 64 << 20);
         assert!(config.workloads[0].start);
         assert_eq!(config.decapsulator, None);
@@ -245,17 +256,19 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
     fn process(workload: &Workload) -> &Process {
         match &workload.kind {
             Kind::Process(process) => process,
-            Kind::Runc(container) => panic!("{container:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
     #[test]
     fn a_container_is_a_bundle_and_a_name() {
         let runc = |line: &str| parse(&GOOD.replace("command = [\"redis-server\"]", line));
-        let container = |line: &str| runc(line).unwrap().workloads[0].container().unwrap().clone();
-        let plain = container("runc = { bundle = \"/srv/chat\" }");
-        assert_eq!((plain.bundle.to_str().unwrap(), plain.name.as_str()), ("/srv/chat", "chat-1"));
-        assert_eq!(container("runc = { bundle = \"/srv/chat\", container = \"x\" }").name, "x");
+        let kind = |line: &str| runc(line).unwrap().workloads.remove(0).kind;
+        let of = |name: &str| Kind::Runc(Container { bundle: "/srv/chat".into(), name: name.to_owned() });
+        assert_eq!(kind("runc = { bundle = \"/srv/chat\" }"), of("chat-1"));
+        assert_eq!(kind("runc = { bundle = \"/srv/chat\", container = \"x\" }"), of("x"));
+        assert_eq!(kind("podman = {}"), Kind::Podman("chat-1".to_owned()));
+        assert_eq!(kind("podman = { container = \"x\" }"), Kind::Podman("x".to_owned()));
         for (line, place) in [
             ("runc = { bundle = \"srv\" }", "runc: bundle: an absolute path"),
             ("runc = { bundle = \"/srv\", container = \"a/b\" }", "runc: container: letters"),
@@ -265,7 +278,10 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
             ("env = { A = \"b\" }\nrunc = { bundle = \"/srv\" }", "env: a container's is in its bundle's"),
             ("start = true", "duplicate key"),
             ("", "command: a program and its arguments are meant (or `runc`"),
-            ("podman = { container = \"chat\" }", "podman: "),
+            ("podman = { container = \"a/b\" }", "podman: container: letters"),
+            ("podman = { pod = \"x\" }", "unknown field `pod`"),
+            ("user = \"x\"\npodman = {}", "user: a container's was said to `podman create`"),
+            ("podman = {}\nrunc = { bundle = \"/srv\" }", "podman: there is `runc`, too"),
             ("docker = \"chat\"", "docker: "),
         ] {
             let text = runc(line).unwrap_err().to_string();
@@ -273,10 +289,18 @@ endpoints = ["10.2.1.2", "fd00:2:1::2"]
         }
         let one = &GOOD[GOOD.find("[[").unwrap()..];
         let other = one.replace("chat-1", "chat-2").replace("6379", "6380");
-        let two = format!("{GOOD}{other}")
-            .replace("command = [\"redis-server\"]", "runc = { bundle = \"/x\", container = \"c\" }");
-        let text = parse(&two).unwrap_err().to_string();
-        assert!(text.contains("runc: container: the container is workload \"chat-1\"'s"), "{text}");
+        let command = "command = [\"redis-server\"]";
+        let runcs = "runc = { bundle = \"/x\", container = \"c\" }";
+        let podmans = "podman = { container = \"c\" }";
+        for (line, key) in [(runcs, "runc"), (podmans, "podman")] {
+            let text = parse(&format!("{GOOD}{other}").replace(command, line)).unwrap_err().to_string();
+            assert!(
+                text.contains(&format!("{key}: container: the container is workload \"chat-1\"'s")),
+                "{text}"
+            );
+        }
+        // Each has names of its own.
+        parse(&format!("{GOOD}{other}").replacen(command, runcs, 1).replacen(command, podmans, 1)).unwrap();
     }
 
     #[test]

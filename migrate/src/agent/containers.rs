@@ -4,66 +4,118 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use super::config::{Config, Workload};
+use super::config::{Config, Kind, Workload};
 use super::linux::Linux;
+use super::podman;
 use super::site::SiteError;
-use crate::criu::relay::{self, Call};
-use crate::criu::rpc::Kind;
+use super::target::PrepareError;
+use crate::criu::relay::{self, Call, Surroundings};
+use crate::criu::rpc;
 use crate::criu::swrk::{Swrk, SwrkError};
+use crate::protocol::manifest::Image;
 use crate::workload::container::{Container, ContainerError, Runtime};
 use crate::workload::enter;
-use crate::workload::holder::HolderPid;
+use crate::workload::holder::{Holder, HolderPid};
+use crate::workload::podman::PodmanError;
 
 /// runc's folder; with the `criu` that it is to find, where there are containers.
 pub fn runtime(config: &Config) -> std::io::Result<Runtime> {
     let runtime = Runtime::new(&config.runc, config.state_dir.join("runc"));
-    if config.workloads.iter().any(|workload| workload.container().is_some()) {
+    if config.workloads.iter().any(|workload| workload.is_container()) {
         relay::install(&runtime.programs())?;
     }
     Ok(runtime)
 }
 
 impl Linux {
+    /// A workload's container as runc knows it, `None` for a process.
+    fn container_of(&self, workload: &Workload) -> Result<Option<Container>, ContainerError> {
+        match &workload.kind {
+            Kind::Process(_) => Ok(None),
+            Kind::Runc(container) => Ok(Some(container.clone())),
+            Kind::Podman(name) => {
+                let found = self.podman.known(name).ok_or_else(|| PodmanError::Unknown(name.clone()))?;
+                Ok(Some(found.container()))
+            }
+        }
+    }
+
     /// Fails unless what a container needs is here; gives its root file system's folder, `None` for a process.
     pub fn check_container(&self, workload: &Workload) -> Result<Option<PathBuf>, ContainerError> {
-        let Some(container) = workload.container() else { return Ok(None) };
+        let Some(container) = self.container_of(workload)? else { return Ok(None) };
         self.runtime.look()?;
         container.look().map(Some)
     }
 
     /// Gets ready for a container that is to run here from now on, and fails where it could not; a process needs nothing.
     pub(super) async fn make_container_room(&self, workload: &Workload) -> Result<(), ContainerError> {
-        let Some(container) = workload.container() else { return Ok(()) };
-        self.check_container(workload)?;
-        // Of a former one that a killed agent left.
-        self.delete_container(container).await;
-        container.look_for_others()
+        match &workload.kind {
+            Kind::Process(_) => Ok(()),
+            Kind::Podman(name) => self.make_room_for_podmans(name).await,
+            Kind::Runc(container) => {
+                self.check_container(workload)?;
+                // Of a former one that a killed agent left.
+                self.delete_container(container).await;
+                container.look_for_others()
+            }
+        }
+    }
+
+    /// What a container that runs here has to find at another site, besides what its tasks need.
+    pub async fn image_of(&self, workload: &Workload, root: i32) -> Result<Option<Image>, ContainerError> {
+        let Kind::Podman(name) = &workload.kind else { return Ok(None) };
+        let id = self.look_at_podmans(name, root).await?;
+        Ok(Some(Image { id, streams: podman::streams_of(root) }))
+    }
+
+    /// Makes a holder, and starts CRIU for a restore in it.
+    pub(super) async fn start_swrk_for_restore(
+        &self,
+        workload: &Workload,
+        images: &Path,
+    ) -> Result<(Holder, Swrk), PrepareError> {
+        if let Kind::Podman(name) = &workload.kind {
+            return self.restore_podmans(name, images).await;
+        }
+        let holder = Holder::start(None, &self.kernel_cache()).await?;
+        let cgroups = workload.make_cgroup()?;
+        let swrk = self.start_swrk(workload, rpc::Kind::Restore, holder.pid(), &cgroups, images).await?;
+        Ok((holder, swrk))
     }
 
     /// Starts CRIU for a dump or a restore, by itself or through the container's runtime; it waits to be told to begin.
     pub(super) async fn start_swrk(
         &self,
         workload: &Workload,
-        kind: Kind,
+        kind: rpc::Kind,
         holder: HolderPid,
         cgroups: &[PathBuf],
         images: &Path,
     ) -> Result<Swrk, SwrkError> {
-        let Some(container) = workload.container() else {
+        let failed = |error: ContainerError| SwrkError::Failed(error.to_string());
+        let Some(container) = self.container_of(workload).map_err(failed)? else {
             return Swrk::start(&self.criu, holder, cgroups, images);
         };
-        self.runtime.forget_complaints(container);
-        let record = self.runtime.record(container);
+        let runtime = match &workload.kind {
+            Kind::Podman(_) => self.runtime_of_podman(),
+            _ => self.runtime.clone(),
+        };
+        runtime.forget_complaints(&container);
+        let record = runtime.record(&container);
         let argv = match kind {
-            Kind::Restore => self.runtime.restore(container, images),
+            rpc::Kind::Restore => runtime.restore(&container, images),
             _ => {
                 record.give_back().map_err(SwrkError::Start)?;
-                self.runtime.checkpoint(container, images)
+                runtime.checkpoint(&container, images)
             }
         };
-        let programs = self.runtime.programs();
-        let call = Call { kind, argv, programs, record, holder, criu: &self.criu, images };
-        call.start(|| self.runtime.complaint(container)).await
+        let (programs, kernel_cache) = (runtime.programs(), self.kernel_cache());
+        let surroundings =
+            Surroundings { programs: &programs, criu: &self.criu, images, kernel_cache: &kernel_cache };
+        let mut command = enter::runtime(holder);
+        command.args(argv).stdout(Stdio::null()).stderr(Stdio::null());
+        let call = Call { kind, command, surroundings: &surroundings, record };
+        call.start(|| Some(format!("runc: {}", runtime.complaint(&container)?))).await
     }
 
     /// Runs a container inside of a holder.
@@ -84,13 +136,18 @@ impl Linux {
 
     /// Makes runc forget a container that is not here any more.
     pub(super) async fn delete_container(&self, container: &Container) {
-        self.runtime.record(container).remove();
-        let words: Vec<OsString> = self.runtime.delete(container);
-        let Some((program, args)) = words.split_first() else { return };
-        if !status(tokio::process::Command::new(program).args(args)).await.unwrap_or(false) {
-            let why = self.runtime.complaint(container);
-            tracing::warn!(container = container.name, why, "runc does not forget a container");
-        }
+        forget(&self.runtime, container).await;
+    }
+}
+
+/// Makes a runtime forget a container that is not here any more.
+pub(super) async fn forget(runtime: &Runtime, container: &Container) {
+    runtime.record(container).remove();
+    let words: Vec<OsString> = runtime.delete(container);
+    let Some((program, args)) = words.split_first() else { return };
+    if !status(tokio::process::Command::new(program).args(args)).await.unwrap_or(false) {
+        let why = runtime.complaint(container);
+        tracing::warn!(container = container.name, why, "runc does not forget a container");
     }
 }
 

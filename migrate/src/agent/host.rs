@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::config::Workload;
 use super::readiness::ReadinessError;
 use super::site::SiteError;
+use super::target::PrepareError;
 use crate::criu::rpc::{Features, Kind};
 use crate::criu::swrk::{Said, Swrk, SwrkError};
 use crate::net::drain::{DrainError, Queues};
@@ -56,6 +57,24 @@ pub trait Host: Debug + Send + Sync + 'static {
 
     /// Starts a workload, and sees that it does not end at once.
     fn start<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Result<Box<dyn Held>, SiteError>>;
+    /// What keeps a workload that somebody else has started here, if anything does.
+    fn find_running<'a>(&'a self, _workload: &'a Workload) -> BoxFuture<'a, Option<HolderPid>> {
+        async { None }.boxed()
+    }
+    /// Makes a holder for a workload that is restored, with CRIU in it.
+    fn start_restore<'a>(
+        &'a self,
+        workload: &'a Workload,
+        images: &'a Path,
+    ) -> BoxFuture<'a, Result<(Box<dyn Held>, Box<dyn Criu>), PrepareError>> {
+        async move {
+            let holder = self.hold().await?;
+            let cgroups = workload.make_cgroup()?;
+            let criu = self.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, images).await?;
+            Ok((holder, criu))
+        }
+        .boxed()
+    }
     /// Makes empty namespaces for a workload that is restored.
     fn hold(&self) -> BoxFuture<'_, Result<Box<dyn Held>, HolderError>>;
     /// Starts CRIU for a dump or a restore; it waits to be told to begin.
@@ -128,6 +147,10 @@ impl Held for Holder {
 
 /// One CRIU; see [`Swrk`]. What it dumps or restores does not need it once it has ended.
 pub trait Criu: Send + Sync {
+    /// Its cache of them, as this host finds it.
+    fn kernel_cache(&self, holder: HolderPid) -> PathBuf {
+        holder.kernel_cache()
+    }
     /// Makes it look at the kernel's features.
     fn warm(&mut self) -> BoxFuture<'_, Result<Features, SwrkError>>;
     /// Begins to dump the tree of `pid`.
@@ -145,6 +168,10 @@ pub trait Criu: Send + Sync {
 }
 
 impl Criu for Swrk {
+    fn kernel_cache(&self, holder: HolderPid) -> PathBuf {
+        self.kernel_cache(holder)
+    }
+
     fn warm(&mut self) -> BoxFuture<'_, Result<Features, SwrkError>> {
         self.warm().boxed()
     }

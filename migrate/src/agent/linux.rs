@@ -16,6 +16,7 @@ use super::config::{self, Config, Kind as WorkloadKind, Workload};
 use super::host::{Criu, Drained, Held, Host, Silencing};
 use super::readiness::{Readiness, ReadinessError};
 use super::site::SiteError;
+use super::target::PrepareError;
 use super::{containers, images};
 use crate::criu::program::Program;
 use crate::criu::rpc::Kind;
@@ -26,6 +27,7 @@ use crate::net::silence::{Scope, Silence};
 use crate::protocol::manifest::Manifest;
 use crate::workload::container::{ContainerError, Runtime};
 use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
+use crate::workload::podman::Podman;
 use crate::workload::processes::{self, Process};
 use crate::workload::record;
 use crate::workload::sys;
@@ -44,6 +46,7 @@ pub struct Linux {
     pub(super) config: Config,
     pub(super) criu: Program,
     pub(super) runtime: Runtime,
+    pub(super) podman: Podman,
     pub(super) images: PathBuf,
     /// What checks have found out.
     pub(super) readiness: Readiness,
@@ -55,13 +58,14 @@ impl Linux {
         Ok(Self {
             criu: Program::find(config.criu.as_deref()),
             runtime: containers::runtime(config)?,
+            podman: Podman::new(config.podman.clone(), config.state_dir.join("podman")),
             images: images.to_owned(),
             readiness: Readiness::default(),
             config: config.clone(),
         })
     }
 
-    fn kernel_cache(&self) -> PathBuf {
+    pub(super) fn kernel_cache(&self) -> PathBuf {
         images::kernel_cache(&self.images)
     }
 
@@ -77,6 +81,10 @@ impl Linux {
                 let holder = Holder::start(None, &self.kernel_cache()).await?;
                 self.run_container(&workload.name, container, holder.pid()).await?;
                 (holder, container.name.clone())
+            }
+            WorkloadKind::Podman(container) => {
+                let monitor = self.start_podmans(&workload.name, container).await?;
+                (Holder::watch(monitor)?, container.clone())
             }
         };
         // A program that cannot use its arguments or its address ends before anything else is done.
@@ -137,8 +145,10 @@ impl Linux {
         if let Some(cgroup) = &workload.cgroup {
             cgroup.remove().await;
         }
-        if let Some(container) = workload.container() {
-            self.delete_container(container).await;
+        match &workload.kind {
+            WorkloadKind::Process(_) => {}
+            WorkloadKind::Runc(container) => self.delete_container(container).await,
+            WorkloadKind::Podman(container) => self.forget_podmans(container),
         }
     }
 }
@@ -189,6 +199,22 @@ impl Host for Linux {
         async {
             let holder = Holder::start(None, &self.kernel_cache()).await?;
             Ok(Box::new(holder) as Box<dyn Held>)
+        }
+        .boxed()
+    }
+
+    fn find_running<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Option<HolderPid>> {
+        self.find_running_podmans(workload).boxed()
+    }
+
+    fn start_restore<'a>(
+        &'a self,
+        workload: &'a Workload,
+        images: &'a Path,
+    ) -> BoxFuture<'a, Result<(Box<dyn Held>, Box<dyn Criu>), PrepareError>> {
+        async move {
+            let (holder, swrk) = self.start_swrk_for_restore(workload, images).await?;
+            Ok((Box::new(holder) as Box<dyn Held>, Box::new(swrk) as Box<dyn Criu>))
         }
         .boxed()
     }
@@ -286,5 +312,5 @@ impl Host for Linux {
 }
 
 fn queues_of(holder: HolderPid) -> Queues {
-    Queues::of(&processes::descendants(holder.pid))
+    Queues::of(&processes::kept_by(holder.pid))
 }

@@ -5,7 +5,7 @@
 //! * [`server`]: the HTTP API, `refusal`: its errors.
 //! * [`site`]: the workloads here: starting, stopping, adopting, who owns which.
 //! * [`host`]: what is done to the host, [`linux`]: how.
-//! * [`containers`]: what is done in another way with workloads that are containers.
+//! * [`containers`]: what is done in another way with workloads that are containers; [`podman`]: with podman's.
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
 //! * [`readiness`]: whether a workload can leave or enter the site, asked in *prepare*.
@@ -20,6 +20,7 @@ pub mod door;
 pub mod host;
 pub mod images;
 pub mod linux;
+pub mod podman;
 pub mod readiness;
 pub(crate) mod refusal;
 pub mod server;

@@ -99,7 +99,8 @@ impl Linux {
         let mut found = found.map_err(|error| ReadinessError::Broken(error.to_string()))?;
         let space = Room::here(&self.images, self.config.spare_memory_bytes)?;
         found.problems.extend(space.for_images(found.memory_bytes, &self.images));
-        let is_container = workload.container().is_some();
+        let is_container = workload.is_container();
+        let image = self.image_of(workload, root).await?;
         let (memory, workload) = (workload.memory, &workload.name);
         let head = || format!("workload {workload:?} cannot leave site {:?}", self.config.site);
         Refused::unless_none(head, found.problems)?;
@@ -111,6 +112,7 @@ impl Linux {
             sockets: found.sockets.into_iter().collect(),
             processor: processor?.clone(),
             is_container,
+            image,
         };
         tracing::info!(
             workload,
@@ -143,6 +145,7 @@ impl Linux {
                 Vec::new()
             }
         };
+        problems.extend(self.lacks_image(workload, manifest.image.as_ref()));
         let workload = &workload.name;
         let comparing = tokio::task::spawn_blocking(move || {
             let mut problems = files::compare(&files, &hashes);

@@ -23,6 +23,7 @@ use super::session::{Ask, Peer, Session};
 use super::site::{Place, Site, SiteError};
 use super::{source, target};
 use crate::client::chain;
+use crate::criu::relay;
 use crate::decapsulator;
 use crate::memory::serve;
 use crate::protocol::manifest::{Manifest, Welcome};
@@ -293,7 +294,11 @@ async fn manifest(
     let received_unix_us = now_unix_us();
     let session = known_as(&site, &id, Role::Target)?;
     let wants_later = manifest.later;
+    let streams = manifest.image.as_ref().map(|image| image.streams.clone());
     site.host.may_enter(site.workload(&session.workload)?, manifest).await?;
+    if let Some(streams) = streams {
+        relay::note_streams(&site.images.join(&session.id), &streams).map_err(ReadinessError::from)?;
+    }
     let later = wants_later && target::fetch_later(&site, &session).await?;
     Ok(Json(Welcome { later, received_unix_us, answered_unix_us: now_unix_us() }))
 }

@@ -179,7 +179,7 @@ impl Site {
         });
         for workload in &site.config.workloads {
             let name = &workload.name;
-            if site.adopt(name).await {
+            if site.adopt(name).await || site.adopt_running(workload).await {
                 // A source that its CRIU was still letting go stayed silent until it ran. What is not here stays so: its
                 // clients' connections may be live at the other site, and would be ended from here.
                 site.host.silence(workload).sweep().await?;
@@ -220,6 +220,26 @@ impl Site {
         }
         self.set_running(name, holder);
         tracing::info!(workload = name, "adopted");
+        true
+    }
+
+    /// Takes over a workload that somebody else has started; false if there is none.
+    async fn adopt_running(self: &Arc<Self>, workload: &Workload) -> bool {
+        let name = &workload.name;
+        let Some(holder) = self.host.find_running(workload).await else { return false };
+        if self.records.has_left(name) {
+            tracing::error!(
+                workload = name,
+                "it runs here, but it has left for another site: there may be two. If this is the one, POST \
+                 /v1/workloads/{name}/start adopts it"
+            );
+            return false;
+        }
+        if let Err(error) = self.records.write(name, holder) {
+            tracing::error!(%error, "a restarted agent will not find the workload");
+        }
+        self.set_running(name, holder);
+        tracing::info!(workload = name, "adopted as it runs already");
         true
     }
 

@@ -158,7 +158,7 @@ async fn ready(
     let folder = Folder::create(&site.images, &session.id)?;
     let mut swrk = site.host.start_criu(&workload, Kind::Dump, holder, &[], folder.path()).await?;
     let leaves_pages = leave_pages(&mut *swrk, holder).await?;
-    holder.save_kernel_cache(&site.kernel_cache());
+    kernel_cache::keep(&swrk.kernel_cache(holder), &site.kernel_cache());
     if leaves_pages {
         // Of most tasks now, to be quick about it when they are frozen.
         layout::write_earlier(folder.path(), processes::tree(root.pid).into_keys())?;
@@ -239,7 +239,7 @@ async fn leave_pages(swrk: &mut dyn Criu, holder: HolderPid) -> Result<bool, Swr
     if can(swrk.warm().await?) {
         return Ok(true);
     }
-    let cache = holder.kernel_cache();
+    let cache = swrk.kernel_cache(holder);
     if let Err(error) = kernel_cache::claim_tracking(&cache, true) {
         tracing::warn!(%error, "CRIU dumps the memory by itself, which takes longer");
         return Ok(false);

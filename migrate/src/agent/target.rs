@@ -19,7 +19,7 @@ use super::readiness::ReadinessError;
 use super::session::{Ask, PREPARED_LIMIT, Session, View, patience};
 use super::site::{Place, Site, SiteError};
 use crate::client::chain;
-use crate::criu::rpc::Kind;
+use crate::criu::kernel_cache;
 use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
 use crate::net::silence::SilenceError;
 use crate::protocol::{AgentEvent, Prepare, Role, WorkloadState};
@@ -140,14 +140,11 @@ async fn ready(
     silence.sweep().await?;
     let folder = Folder::create(&site.images, &session.id)?;
     let muting = silence.arm_muting().await?;
-    let holder = site.host.hold().await?;
-    let cgroups = workload.make_cgroup()?;
-    let mut swrk =
-        site.host.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, folder.path()).await?;
+    let (holder, mut swrk) = site.host.start_restore(workload, folder.path()).await?;
     let features = swrk.warm().await?;
     // It is prepared once.
     let _ = session.can_fetch.set(features.lazy_pages == Some(true));
-    holder.pid().save_kernel_cache(&site.kernel_cache());
+    kernel_cache::keep(&swrk.kernel_cache(holder.pid()), &site.kernel_cache());
     let (inner, news) = mpsc::unbounded_channel();
     let driver = Driver {
         site: site.clone(),

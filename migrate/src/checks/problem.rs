@@ -39,6 +39,17 @@ pub enum Problem {
         /// What the target's configuration says.
         is_container_here: bool,
     },
+    /// It would run on with other files around it.
+    #[error(
+        "its container is made of {here} there and of {there} at the source: make both of the same image (`podman save` \
+         and `podman load` keep its hash)"
+    )]
+    OtherImage {
+        /// At the target.
+        here: String,
+        /// At the source.
+        there: String,
+    },
     /// It would stay behind.
     #[error(
         "{task} does not descend from the workload's first process, and would be left behind: let no process of the \

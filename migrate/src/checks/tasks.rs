@@ -106,7 +106,10 @@ pub fn look(holder: i32, root: i32, hashes: &Hashes) -> Found {
     let mut found = Found::default();
     let mut tree = vec![root];
     tree.extend(processes::descendants(root));
-    for pid in processes::descendants(holder) {
+    // Nobody is the parent of who entered a container later, unless it was within a holder of ours.
+    let is_monitors = processes::is_monitor(holder) && !processes::is_monitor(root);
+    let inside = if is_monitors { processes::in_namespace_of(root) } else { processes::descendants(holder) };
+    for pid in inside {
         if !tree.contains(&pid)
             && let Some((task, _)) = read(pid)
         {

@@ -19,6 +19,16 @@ const PAGE_BYTES: usize = 4096;
 /// Of a page's entry in `pagemap`.
 const SOFT_DIRTY: u64 = 1 << 55;
 
+/// Keeps what a CRIU has found out about this kernel, for those that are started later.
+pub fn keep(found: &Path, path: &Path) {
+    if !path.exists()
+        && let Err(error) = std::fs::copy(found, path)
+    {
+        // It only costs each of them the time to find out for itself.
+        tracing::debug!(%error, "CRIU keeps no cache of the kernel's features");
+    }
+}
+
 /// Sets in the cache that the kernel tracks changes of memory, or takes it back.
 pub fn claim_tracking(cache: &Path, claim: bool) -> io::Result<()> {
     let file = File::options().read(true).write(true).open(cache)?;

@@ -32,12 +32,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 
 use super::program::Program;
-use super::rpc::{self, Kind, Options, Request, Response, RuntimeRequest};
+use super::rpc::{self, Inherited, Kind, Options, Request, Response, RuntimeRequest};
 use super::swrk::{self, Swrk, SwrkError};
 use crate::workload::container::Record;
-use crate::workload::enter::{self, IMAGES_FD, SOCKET_FD};
+use crate::workload::enter::{IMAGES_FD, SOCKET_FD};
 use crate::workload::holder::HolderPid;
-use crate::workload::sys;
+use crate::workload::{init, processes, sys};
 
 /// As runc calls CRIU.
 const NAME: &str = "criu";
@@ -45,6 +45,8 @@ const NAME: &str = "criu";
 const FOLDER: &str = "DROVER_RELAY_FOLDER";
 /// Likewise: CRIU's program and leading arguments, one a line.
 const PROGRAM: &str = "DROVER_RELAY_CRIU";
+/// Likewise: another CRIU's cache of the kernel's features.
+const CACHE: &str = "DROVER_RELAY_CACHE";
 /// The agent's socket in the images' folder.
 const SOCKET: &str = "relay.sock";
 /// What is sent with descriptors, which cannot go alone.
@@ -58,7 +60,15 @@ const NOT_RUNCS: [&str; 2] = ["pre-resume", "post-resume"];
 /// The hook at which it writes down what was restored.
 const RECORDED: &str = "post-restore";
 /// runc looks at what is in here when it restores: what the container's first three descriptors are.
-const DESCRIPTORS: (&str, &str) = ("descriptors.json", r#"["/dev/null","/dev/null","/dev/null"]"#);
+pub const DESCRIPTORS: &str = "descriptors.json";
+/// Of a container without a monitor.
+const NO_STREAMS: [&str; STREAMS] = ["/dev/null"; STREAMS];
+/// stdin, stdout, stderr.
+pub const STREAMS: usize = 3;
+/// How a monitor's program is called.
+const MONITOR: &str = "conmon";
+/// The first letters of a pipe's name.
+const PIPE: &str = "pipe:";
 
 /// Puts the link to this program into a folder for runc's PATH.
 pub fn install(folder: &Path) -> io::Result<()> {
@@ -86,6 +96,7 @@ pub fn become_criu() -> Result<std::convert::Infallible> {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     match runtimes_socket(&args) {
         Some(socket) if wants_the_agent(socket)? => {
+            init::private_run(std::env::var_os(CACHE).as_deref().map(Path::new))?;
             let (ours, images) = hand_over(socket).context("ask the agent")?;
             let duplicate = |fd: &OwnedFd, at: RawFd| -> Result<()> {
                 let got = fcntl(fd, FcntlArg::F_DUPFD(at))?;
@@ -142,18 +153,66 @@ fn path_of(folder: &File) -> PathBuf {
 pub struct Call<'a> {
     /// What it is asked for.
     pub kind: Kind,
-    /// Its program and arguments.
-    pub argv: Vec<OsString>,
-    /// The folder with the `criu` that it is to find first.
-    pub programs: PathBuf,
+    /// Its program and arguments, or those of who calls it.
+    pub command: tokio::process::Command,
+    /// What it finds around it.
+    pub surroundings: &'a Surroundings<'a>,
     /// What it writes down of the container.
     pub record: Record,
-    /// Inside of which namespaces it runs.
-    pub holder: HolderPid,
+}
+
+/// What a runtime, and through it CRIU's place, finds around it.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings<'a> {
+    /// The folder with the `criu` that the runtime is to find first.
+    pub programs: &'a Path,
     /// CRIU.
     pub criu: &'a Program,
     /// The images' folder.
     pub images: &'a Path,
+    /// Where the kernel's features are kept.
+    pub kernel_cache: &'a Path,
+}
+
+impl Surroundings<'_> {
+    /// As environment variables, for a `PATH` that goes on with `rest`.
+    pub fn variables(&self, rest: Option<OsString>) -> [(&'static str, OsString); 4] {
+        let mut path = self.programs.as_os_str().to_owned();
+        if let Some(rest) = rest {
+            path.push(":");
+            path.push(rest);
+        }
+        [
+            ("PATH", path),
+            (FOLDER, self.images.into()),
+            (PROGRAM, self.criu.argv().join("\n").into()),
+            (CACHE, self.kernel_cache.into()),
+        ]
+    }
+}
+
+/// Notes what a container's first three descriptors are called in its images.
+pub fn note_streams(images: &Path, streams: &[impl AsRef<str>]) -> io::Result<()> {
+    let names: Vec<&str> = streams.iter().map(AsRef::as_ref).collect();
+    std::fs::write(images.join(DESCRIPTORS), serde_json::to_vec(&names)?)
+}
+
+/// What the runtime is told of them while nobody knows their names: that each is a pipe.
+pub fn any_streams() -> [String; STREAMS] {
+    std::array::from_fn(|number| format!("{PIPE}[{number}]"))
+}
+
+/// Puts the names in the images in the place of [`any_streams`]. What is no pipe there needs nothing from here.
+fn renamed(inherited: Vec<Inherited>, streams: &[String]) -> Vec<Inherited> {
+    let any = any_streams();
+    let rename = |one: Inherited| match any.iter().position(|name| *name == one.key) {
+        Some(number) => {
+            let key = streams.get(number).filter(|key| key.starts_with(PIPE))?.clone();
+            Some(Inherited { key, ..one })
+        }
+        None => Some(one),
+    };
+    inherited.into_iter().filter_map(rename).collect()
 }
 
 impl Call<'_> {
@@ -161,60 +220,53 @@ impl Call<'_> {
     /// failed, should it.
     pub async fn start(self, complaint: impl Fn() -> Option<String>) -> Result<Swrk, SwrkError> {
         let failed = |why: Option<String>| {
-            SwrkError::Failed(format!("runc: {}", why.as_deref().unwrap_or("it ended without saying why")))
+            SwrkError::Failed(why.unwrap_or_else(|| "runc: it ended without saying why".to_owned()))
         };
-        let images = self.images;
+        let images = self.surroundings.images;
         let (ours, theirs) = swrk::socket_pair()?;
-        let folder = File::open(self.images).map_err(SwrkError::Start)?;
-        swrk::write_config(self.images).map_err(SwrkError::Start)?;
+        let folder = File::open(images).map_err(SwrkError::Start)?;
+        swrk::write_config(images).map_err(SwrkError::Start)?;
         if self.kind == Kind::Restore {
-            let (name, content) = DESCRIPTORS;
-            std::fs::write(self.images.join(name), content).map_err(SwrkError::Start)?;
+            note_streams(images, &NO_STREAMS).map_err(SwrkError::Start)?;
         }
         let path = path_of(&folder);
         // A dump that is begun again finds the former one's.
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).map_err(SwrkError::Start)?;
-        let mut runtime = self.spawn().map_err(SwrkError::Start)?;
+        let Self { kind, mut command, surroundings, record } = self;
+        command.envs(surroundings.variables(std::env::var_os("PATH"))).stdin(Stdio::null());
+        let mut runtime = command.spawn().map_err(SwrkError::Start)?;
         let handed = tokio::select! {
             handed = receive(&listener, &theirs, &folder) => handed.map_err(SwrkError::Start)?,
             _ = runtime.wait() => return Err(failed(complaint())),
             () = tokio::time::sleep(START_LIMIT) => {
-                return Err(failed(Some(format!("it does not start CRIU within {START_LIMIT:?}"))));
+                return Err(failed(Some(format!("runc: it does not start CRIU within {START_LIMIT:?}"))));
             }
         };
         drop(theirs);
         let (socket, criu) = handed;
-        let relay = Relay::new(self.kind, self.record, socket, criu).await?;
+        let relay = Relay::new(kind, record, socket, criu).await?;
         Swrk::behind(relay, ours, runtime, images)
-    }
-
-    fn spawn(&self) -> io::Result<tokio::process::Child> {
-        let mut path = self.programs.clone().into_os_string();
-        if let Some(rest) = std::env::var_os("PATH") {
-            path.push(":");
-            path.push(rest);
-        }
-        let mut command = enter::runtime(self.holder);
-        command.args(&self.argv).env("PATH", path).env(FOLDER, self.images);
-        command.env(PROGRAM, self.criu.argv().join("\n"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
     }
 }
 
 /// Takes runc's socket from the program that is about to be CRIU, and gives it what it needs; says which process it is.
-async fn receive(
-    listener: &UnixListener,
-    criu_end: &OwnedFd,
-    folder: &File,
-) -> io::Result<(OwnedFd, OwnedFd)> {
+async fn receive(listener: &UnixListener, criu_end: &OwnedFd, folder: &File) -> io::Result<(OwnedFd, Criu)> {
     let (stream, _) = listener.accept().await?;
-    let criu = getsockopt(&stream, sockopt::PeerCredentials)?.pid();
-    let criu = sys::pidfd_open(criu)?;
+    let pid = getsockopt(&stream, sockopt::PeerCredentials)?.pid();
+    let criu = Criu { pid, end: sys::pidfd_open(pid)? };
     let fds = stream.async_io(Interest::READABLE, || sys::receive_fds(stream.as_raw_fd())).await?;
     let socket = fds.into_iter().next().ok_or(io::ErrorKind::UnexpectedEof)?;
     sys::send_with_fds(stream.as_raw_fd(), WORD, &[criu_end.as_raw_fd(), folder.as_raw_fd()])?;
     Ok((socket, criu))
+}
+
+/// CRIU as its runtime has started it.
+#[derive(Debug)]
+struct Criu {
+    /// As this host counts.
+    pid: i32,
+    end: OwnedFd,
 }
 
 /// The connection to a runtime that believes that it speaks with CRIU.
@@ -223,7 +275,9 @@ pub struct Relay {
     kind: Kind,
     record: Record,
     socket: AsyncFd<OwnedFd>,
-    /// Readable when CRIU is gone.
+    /// CRIU's process, as this host counts.
+    criu_pid: i32,
+    /// Readable when it is gone.
     criu: AsyncFd<OwnedFd>,
     /// The options of its request.
     options: Vec<u8>,
@@ -232,9 +286,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    async fn new(kind: Kind, record: Record, socket: OwnedFd, criu: OwnedFd) -> Result<Self, SwrkError> {
+    async fn new(kind: Kind, record: Record, socket: OwnedFd, criu: Criu) -> Result<Self, SwrkError> {
         let socket = swrk::register(socket)?;
-        let criu = sys::register(criu).map_err(SwrkError::Start)?;
+        let criu_pid = criu.pid;
+        let criu = sys::register(criu.end).map_err(SwrkError::Start)?;
         let request = swrk::receive(&socket).await?;
         let request = RuntimeRequest::decode(&request[..]).map_err(SwrkError::Message)?;
         if request.kind() != kind {
@@ -242,12 +297,32 @@ impl Relay {
         }
         let options = rpc::without(&request.options.unwrap_or_default(), rpc::FREEZE_CGROUP);
         let options = options.ok_or_else(|| SwrkError::Failed("runc's request makes no sense".to_owned()))?;
-        Ok(Self { kind, record, socket, criu, options, question: None })
+        Ok(Self { kind, record, socket, criu_pid, criu, options, question: None })
     }
 
-    /// What the runtime has asked for, with options of ours: of two values of one option the last counts.
-    pub fn request(&self, ours: &Options) -> Vec<u8> {
-        let mut options = self.options.clone();
+    /// The monitor that the runtime was started by, if it was one.
+    pub fn monitor(&self) -> Option<HolderPid> {
+        let mut above = processes::ancestors(self.criu_pid);
+        HolderPid::of(above.find(|pid| processes::name(*pid).as_deref() == Some(MONITOR))?)
+    }
+
+    /// CRIU's cache of the kernel's features, as this host finds it.
+    pub fn kernel_cache(&self) -> PathBuf {
+        init::kernel_cache_of(self.criu_pid)
+    }
+
+    /// What the runtime has asked for, with options of ours: of two values of one option the last counts. `images` says
+    /// what the container's first descriptors are called there.
+    pub fn request(&self, ours: &Options, images: &Path) -> Vec<u8> {
+        let (mut options, mut ours) = (self.options.clone(), ours.clone());
+        let asked = Options::decode(&options[..]).unwrap_or_default().inherited;
+        if !asked.is_empty()
+            && let Some(rest) = rpc::without(&options, rpc::INHERITED)
+        {
+            let streams = std::fs::read(images.join(DESCRIPTORS)).unwrap_or_default();
+            let streams: Vec<String> = serde_json::from_slice(&streams).unwrap_or_default();
+            (options, ours.inherited) = (rest, renamed(asked, &streams));
+        }
         ours.encode(&mut options).expect("a vector grows");
         RuntimeRequest { kind: self.kind.into(), options: Some(options), notify_success: None }
             .encode_to_vec()
@@ -325,7 +400,8 @@ mod tests {
             notify_success: None,
         };
         nix::sys::socket::send(runc.as_raw_fd(), &request.encode_to_vec(), MsgFlags::empty()).unwrap();
-        let me = sys::pidfd_open(std::process::id().cast_signed()).unwrap();
+        let pid = std::process::id().cast_signed();
+        let me = Criu { pid, end: sys::pidfd_open(pid).unwrap() };
         Relay::new(kind, record(), socket, me).await.unwrap()
     }
 
@@ -335,9 +411,28 @@ mod tests {
         let theirs = Options { pid: Some(7), log_level: 4, network_lock: Some(1), ..Options::default() };
         let relay = relay(Kind::Dump, &runc, socket, &theirs).await;
         let ours = Options { images_dir_fd: -1, log_level: 2, network_lock: Some(3), ..Options::default() };
-        let request = Request::decode(&relay.request(&ours)[..]).unwrap();
+        let request = Request::decode(&relay.request(&ours, Path::new("/nonexistent"))[..]).unwrap();
         assert_eq!(request.kind(), Kind::Dump);
         assert_eq!(request.options.unwrap(), Options { pid: Some(7), ..ours });
+    }
+
+    #[tokio::test]
+    async fn a_monitors_pipes_get_the_names_that_they_have_in_the_images() {
+        let (runc, socket) = pair();
+        let images = tempfile::tempdir().unwrap();
+        let inherited = |names: &[(&str, i32)]| -> Vec<_> {
+            names.iter().map(|(key, fd)| Inherited { key: (*key).to_owned(), fd: *fd }).collect()
+        };
+        let any = any_streams();
+        let asked = inherited(&[("net", 3), (&any[0], 4), (&any[1], 5), (&any[2], 6)]);
+        let relay =
+            relay(Kind::Restore, &runc, socket, &Options { inherited: asked, ..Options::default() }).await;
+        let request = || Request::decode(&relay.request(&Options::default(), images.path())[..]).unwrap();
+        note_streams(images.path(), &["/dev/null", "pipe:[77]", "pipe:[78]"]).unwrap();
+        let expected = inherited(&[("net", 3), ("pipe:[77]", 5), ("pipe:[78]", 6)]);
+        assert_eq!(request().options.unwrap().inherited, expected);
+        note_streams(images.path(), &NO_STREAMS).unwrap();
+        assert_eq!(request().options.unwrap().inherited, inherited(&[("net", 3)]));
     }
 
     #[tokio::test]

@@ -65,6 +65,9 @@ pub struct Options {
     /// Deleted files up to this many bytes come along.
     #[prost(uint32, optional, tag = "35")]
     pub ghost_limit: Option<u32>,
+    /// Descriptors of CRIU's that take the place of something in the images.
+    #[prost(message, repeated, tag = "27")]
+    pub inherited: Vec<Inherited>,
     /// Restore without the pages that are marked as lazy; who brings them listens in the images folder.
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
@@ -74,6 +77,17 @@ pub struct Options {
     /// `criu_network_lock_method`.
     #[prost(int32, optional, tag = "64")]
     pub network_lock: Option<i32>,
+}
+
+/// `inherit_fd`.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Inherited {
+    /// What the images call it, such as `pipe:[7]`.
+    #[prost(string, required, tag = "1")]
+    pub key: String,
+    /// CRIU's descriptor.
+    #[prost(int32, required, tag = "2")]
+    pub fd: i32,
 }
 
 /// `criu_features`: asked for with true, answered likewise.
@@ -124,6 +138,8 @@ pub struct RuntimeRequest {
 /// A field of `criu_opts`: a control group to freeze. CRIU takes a tenth of a second for it, and a CRIU that is killed
 /// meanwhile leaves everything in it frozen; without it CRIU stops each task.
 pub const FREEZE_CGROUP: u64 = 44;
+/// See [`Options::inherited`].
+pub const INHERITED: u64 = 27;
 
 /// A message without one of its fields; `None` if it makes no sense.
 pub fn without(message: &[u8], field: u64) -> Option<Vec<u8>> {

@@ -167,6 +167,16 @@ impl Swrk {
         Ok(Self { socket, process, images: images.to_owned(), relay: Some(relay), latch: None })
     }
 
+    /// The container's monitor, if it is one that has started CRIU.
+    pub fn monitor(&self) -> Option<HolderPid> {
+        self.relay.as_ref()?.monitor()
+    }
+
+    /// Its cache of the kernel's features, as this host finds it.
+    pub fn kernel_cache(&self, holder: HolderPid) -> PathBuf {
+        self.relay.as_ref().map_or_else(|| holder.kernel_cache(), Relay::kernel_cache)
+    }
+
     /// Makes CRIU look at the kernel's features now rather than in the freeze window; gives those that matter here.
     pub async fn warm(&mut self) -> Result<Features, SwrkError> {
         match self.check_features().await {
@@ -218,7 +228,7 @@ impl Swrk {
     /// Sends our own request, or a container's with our options.
     async fn begin(&self, kind: Kind, own: Options, ours: &Options) -> Result<(), SwrkError> {
         if let Some(relay) = &self.relay {
-            return send(&self.socket, &relay.request(ours)).await;
+            return send(&self.socket, &relay.request(ours, &self.images)).await;
         }
         let request = Request { kind: kind.into(), options: Some(own), ..Request::default() };
         self.send(&request).await

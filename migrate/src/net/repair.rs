@@ -14,23 +14,23 @@ const STOP_LIMIT: Duration = Duration::from_millis(500);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_micros(200);
 
-/// Stops all processes of a holder's pid namespace (a CRIU that restores in it too) and puts their TCP
+/// Stops all processes around a holder's workload (a CRIU that restores it too) and puts their TCP
 /// sockets into repair mode, in which the kernel closes them silently. The caller kills them then.
 pub async fn disconnect(holder_pid: i32) {
     // First of all they are stopped: a restore that goes on would end the repair mode again.
-    let pids = stop(|| processes::in_namespace_of(holder_pid)).await;
+    let pids = stop(|| processes::around(holder_pid)).await;
     let sockets = set_repair(&pids, true);
     tracing::debug!(processes = pids.len(), sockets, "taken off the wire");
 }
 
 /// Stops the workload of a holder, all of it.
 pub async fn suspend(holder_pid: i32) {
-    stop(|| processes::descendants(holder_pid)).await;
+    stop(|| processes::kept_by(holder_pid)).await;
 }
 
 /// Sends a signal to all processes of a holder's workload at this moment.
 pub fn signal(holder_pid: i32, signal: Signal) {
-    signal_each(&processes::descendants(holder_pid), signal);
+    signal_each(&processes::kept_by(holder_pid), signal);
 }
 
 /// Stops processes, and those that are born meanwhile; all of them.
@@ -57,7 +57,7 @@ fn signal_each(pids: &[i32], signal: Signal) {
 
 /// Ends the repair mode in which a CRIU that is gone left the sockets of a holder's workload.
 pub fn reconnect(holder_pid: i32) {
-    let pids = processes::descendants(holder_pid);
+    let pids = processes::kept_by(holder_pid);
     let sockets = set_repair(&pids, false);
     tracing::debug!(processes = pids.len(), sockets, "back on the wire");
 }

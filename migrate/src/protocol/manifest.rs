@@ -24,6 +24,19 @@ pub struct Manifest {
     /// It is a container: its files' paths are those of its root file system.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_container: bool,
+    /// It is made of an image that both sites have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Image>,
+}
+
+/// What a container is made of, where its runtime knows it by that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// The image's hash.
+    pub id: String,
+    /// What the container's first three descriptors are called in the images: a monitor is at the other ends of them.
+    pub streams: Vec<String>,
 }
 
 /// A file that a restore opens by its path.
@@ -100,6 +113,7 @@ mod tests {
     fn golden_json() {
         let manifest = Manifest {
             is_container: false,
+            image: None,
             memory_bytes: 4096,
             later: true,
             files: vec![

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::podman::PodmanError;
 use super::processes::{self, Process};
 
 /// The bundle's description of its container.
@@ -40,6 +41,9 @@ pub enum ContainerError {
     /// No root file system.
     #[error("the bundle's root file system {} is not a folder", .0.display())]
     NoRoot(PathBuf),
+    /// What podman knows of it.
+    #[error(transparent)]
+    Podman(#[from] PodmanError),
     /// Somebody else's container, most likely.
     #[error(
         "the container's control group {group:?} is taken by pid {pid}: stop what runs there, or set another `container` \
@@ -154,7 +158,7 @@ impl Container {
             return wrong(
                 "linux.namespaces",
                 "the container has to be in the agent's network namespace, which holds the workload's address: take \
-                 the entry \"network\" away, or give it the path of that namespace",
+                 the entry \"network\" away, or give it the path of that namespace (podman: --network host, or ns:PATH)",
             );
         }
         let root = self.bundle.join(config.root.path);
@@ -180,14 +184,21 @@ fn is_own_network(path: &Path) -> bool {
 pub struct Runtime {
     /// The program.
     program: PathBuf,
-    /// Where it keeps what it knows of its containers, its log, and the `criu` that it is to find.
+    /// Where its log and our copies of its records are, and the `criu` that it is to find.
     folder: PathBuf,
+    /// Where it keeps what it knows of its containers.
+    containers: PathBuf,
 }
 
 impl Runtime {
     /// With its records in `folder`.
     pub fn new(program: &Path, folder: PathBuf) -> Self {
-        Self { program: program.to_owned(), folder }
+        Self { program: program.to_owned(), containers: folder.join("containers"), folder }
+    }
+
+    /// One that somebody else runs too, with their records in `containers`.
+    pub fn of_others(program: &Path, containers: PathBuf, folder: PathBuf) -> Self {
+        Self { program: program.to_owned(), folder, containers }
     }
 
     /// Fails where there is no such program.
@@ -199,6 +210,11 @@ impl Runtime {
             std::env::split_paths(&path).any(|folder| folder.join(&self.program).is_file())
         };
         if is_here { Ok(()) } else { Err(ContainerError::NoRuntime(self.program.clone())) }
+    }
+
+    /// Its log and our copies of its records are here.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Where the `criu` is that it is to find first.
@@ -244,13 +260,9 @@ impl Runtime {
     /// last moments of a restore forgets the container, which lives.
     pub fn record(&self, container: &Container) -> Record {
         Record {
-            own: self.containers().join(&container.name).join(STATE),
+            own: self.containers.join(&container.name).join(STATE),
             copy: self.folder.join(format!("{}.{STATE}", container.name)),
         }
-    }
-
-    fn containers(&self) -> PathBuf {
-        self.folder.join("containers")
     }
 
     /// Why the last command for a container failed, in runc's words.
@@ -270,7 +282,7 @@ impl Runtime {
 
     fn words(&self, container: &Container, command: &[&str]) -> Vec<OsString> {
         let mut words = vec![self.program.clone().into(), "--root".into()];
-        words.push(self.containers().into());
+        words.push((&self.containers).into());
         words.extend(["--log".into(), self.log(container).into(), "--log-format".into(), "json".into()]);
         words.extend(command.iter().map(OsString::from));
         words

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use super::processes::{Process, start_ticks, wait_end};
+use super::processes::{self, Process, start_ticks, wait_end};
+use super::watcher;
 use crate::memory::guard::send_descriptor;
 
 /// The first pid of a workload's own: far above what CRIU and its helpers use in a fresh namespace, so that
@@ -45,7 +46,8 @@ pub enum HolderError {
     Text(String),
 }
 
-/// A holder's identity: its pid 1 as this host counts, and when it started.
+/// A holder's identity: its pid 1 as this host counts (of podman's containers: the container's monitor), and when it
+/// started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct HolderPid {
     /// As this host counts.
@@ -55,6 +57,11 @@ pub struct HolderPid {
 }
 
 impl HolderPid {
+    /// Of a process that runs now.
+    pub fn of(pid: i32) -> Option<Self> {
+        Some(Self { pid, start_ticks: start_ticks(pid)? })
+    }
+
     /// True while it is this very process and not waiting to be reaped.
     pub fn is_alive(&self) -> bool {
         start_ticks(self.pid) == Some(self.start_ticks)
@@ -63,24 +70,17 @@ impl HolderPid {
 
     /// Whether the workload still waits for some of its memory, which pid 1 guards meanwhile.
     pub fn lacks_memory(&self) -> bool {
-        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else { return false };
-        let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-        links.into_iter().any(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+        if !processes::is_monitor(self.pid) {
+            return holds_memory(self.pid);
+        }
+        let watches = [watcher::NAME.to_owned(), self.to_string()];
+        let is_watcher = |pid: &i32| watches.iter().all(|word| processes::arguments(*pid).contains(word));
+        processes::all().filter(is_watcher).any(holds_memory)
     }
 
     /// CRIU's cache of what it has found out about this kernel, inside the holder.
     pub fn kernel_cache(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{}", self.pid, super::init::KERNEL_CACHE))
-    }
-
-    /// Keeps what CRIU has found out about this kernel, for the holders that are made later.
-    pub fn save_kernel_cache(&self, path: &Path) {
-        if !path.exists()
-            && let Err(error) = std::fs::copy(self.kernel_cache(), path)
-        {
-            // It only costs each of them the time to find out for itself.
-            tracing::debug!(%error, "CRIU keeps no cache of the kernel's features");
-        }
+        super::init::kernel_cache_of(self.pid)
     }
 
     /// Kills it and with it everything inside; returns when it is gone.
@@ -88,7 +88,12 @@ impl HolderPid {
         if !self.is_alive() {
             return true;
         }
-        if kill(Pid::from_raw(self.pid), Signal::SIGKILL).is_err() {
+        if processes::is_monitor(self.pid) {
+            // It tells podman of the end, and then ends itself.
+            for pid in processes::around(self.pid) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        } else if kill(Pid::from_raw(self.pid), Signal::SIGKILL).is_err() {
             return true;
         }
         wait_end(self.pid, KILL_LIMIT).await
@@ -113,6 +118,12 @@ impl FromStr for HolderPid {
     }
 }
 
+fn holds_memory(pid: i32) -> bool {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    links.into_iter().any(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+}
+
 /// A child that was started with pipes has them.
 fn no_pipe() -> io::Error {
     io::ErrorKind::BrokenPipe.into()
@@ -127,7 +138,7 @@ pub struct Holder {
 
 impl Holder {
     /// Makes one. For a workload that is started here, `first_pid` is where its pids begin; for one that is
-    /// restored the pids come with it. `kernel_cache` is where [`HolderPid::save_kernel_cache`] puts CRIU's.
+    /// restored the pids come with it. `kernel_cache` is where [`crate::criu::kernel_cache::keep`] puts CRIU's.
     pub async fn start(first_pid: Option<u32>, kernel_cache: &Path) -> Result<Self, HolderError> {
         let mut command = tokio::process::Command::new("/proc/self/exe");
         let (keep, theirs) = std::os::unix::net::UnixStream::pair()?;
@@ -154,10 +165,22 @@ impl Holder {
             .await
             .map_err(|_| HolderError::Start(format!("not ready within {START_LIMIT:?}")))??;
         let pid = said.lines().next().and_then(|line| line.parse::<i32>().ok());
-        match pid.and_then(|pid| Some(HolderPid { pid, start_ticks: start_ticks(pid)? })) {
+        match pid.and_then(HolderPid::of) {
             Some(pid) if ended.success() && said.lines().nth(1) == Some("ready") => Ok(Self { pid, keep }),
             _ => Err(HolderError::Start(complaint.trim().to_owned())),
         }
+    }
+
+    /// Has a container that its monitor keeps watched as pid 1 of ours would.
+    pub fn watch(monitor: HolderPid) -> Result<Self, HolderError> {
+        let (keep, theirs) = std::os::unix::net::UnixStream::pair()?;
+        keep.set_nonblocking(true)?;
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args([watcher::NAME, "--monitor", &monitor.to_string()]).stdin(OwnedFd::from(theirs));
+        // A signal for the agent's terminal is not for it.
+        let mut watcher = command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn()?;
+        tokio::spawn(async move { watcher.wait().await });
+        Ok(Self { pid: monitor, keep: UnixStream::from_std(keep)? })
     }
 
     /// Its identity.

@@ -4,29 +4,30 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::MsgFlags;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::holder::{GUARD, KEEP, LEASE};
+use super::keeper::{Keeper, Todo};
 use super::sys;
-use crate::memory::guard::{Guard, Todo};
-use crate::memory::restorer::receive_descriptor;
 
 const RUN: &str = "/run";
 /// CRIU's cache of the kernel's features.
-pub const KERNEL_CACHE: &str = "/run/criu.kdat";
+const KERNEL_CACHE: &str = "/run/criu.kdat";
+
+/// That of a process, as this host finds it.
+pub fn kernel_cache_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root{KERNEL_CACHE}"))
+}
 
 /// The subcommand `holder`: makes the namespaces, starts pid 1 in them and says its pid.
 pub fn hold(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
@@ -59,9 +60,7 @@ pub fn hold(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
 pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     anyhow::ensure!(std::process::id() == 1, "`init` is pid 1 of a workload's namespaces, or nothing");
     nix::unistd::setsid().context("setsid")?;
-    // Nothing that is mounted here may be seen outside.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .context("make the mounts private")?;
+    private_mounts()?;
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), quiet, None::<&str>).context("mount /proc")?;
     if statfs(RUN).context("statfs /run")?.filesystem_type() != TMPFS_MAGIC {
@@ -84,56 +83,25 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
     nix::unistd::dup2_stdout(&null).context("close stdout")?;
     nix::unistd::dup2_stderr(&null).context("close stderr")?;
 
-    let agent = std::io::stdin();
-    let (mut kept, mut leased) = (false, false);
-    let mut guard: Option<Guard> = None;
+    let mut keeper = Keeper::new()?;
     loop {
-        let mut wait = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
-        // The places stay the same where there is no agent to be listened to.
-        let agent_fd = if kept { children.as_fd() } else { agent.as_fd() };
-        wait.push(PollFd::new(agent_fd, PollFlags::POLLIN));
-        if let Some(guard) = &guard {
-            wait.push(PollFd::new(guard.as_fd(), PollFlags::POLLIN));
-        }
-        match poll(&mut wait, PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("poll"),
-        }
-        let is_ready = |place: usize| wait.get(place).is_some_and(|fd| fd.any() == Some(true));
-        let (heard, guarded) = (!kept && is_ready(1), is_ready(2));
+        let todo = keeper.wait(children.as_fd())?;
         while let Ok(Some(_)) = children.read_signal() {}
         while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             if status == WaitStatus::StillAlive {
                 break;
             }
         }
-        if let Some(todo) = guard.as_mut().filter(|_| guarded).map(Guard::hear) {
-            match todo {
-                Todo::Nothing => {}
-                Todo::LetGo => guard = None,
-                Todo::Kill => {
-                    // While the memory is still held: nothing in here may read a zero that is none.
-                    kill_all();
-                    return Ok(());
-                }
+        match todo {
+            Todo::Nothing => {}
+            Todo::Stop => drop(kill(Pid::from_raw(-1), Signal::SIGSTOP)),
+            Todo::Kill => {
+                // While the memory is still held: nothing in here may read a zero that is none.
+                kill_all();
+                return Ok(());
             }
-        }
-        if heard {
-            let mut word = [0];
-            match receive_descriptor(agent.as_raw_fd(), &mut word, MsgFlags::empty()) {
-                Ok((1, Some(end))) if word[0] == GUARD => guard = Some(Guard::new(end)),
-                Ok((1, _)) if word[0] == LEASE => leased = true,
-                Ok((said, _)) if said == 1 && word[0] == KEEP || said == 0 && leased => {
-                    if said == 0 {
-                        // Nobody has confirmed this copy, and nobody is left who would end its lease.
-                        let _ = kill(Pid::from_raw(-1), Signal::SIGSTOP);
-                    }
-                    nix::unistd::dup2_stdin(&null).context("close stdin")?;
-                    kept = true;
-                }
-                // The agent is gone without having said `go`: so is everything in here.
-                _ => return Ok(()),
-            }
+            // With pid 1 goes everything in here.
+            Todo::Abandon => return Ok(()),
         }
     }
 }
@@ -142,6 +110,22 @@ pub fn run(first_pid: Option<u32>, kernel_cache: Option<&Path>) -> Result<()> {
 fn kill_all() {
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     while waitpid(None, None).is_ok() {}
+}
+
+/// Gives this process a `/run` of its own where it is on no tmpfs.
+pub fn private_run(kernel_cache: Option<&Path>) -> Result<()> {
+    if statfs(RUN).context("statfs /run")?.filesystem_type() == TMPFS_MAGIC {
+        return Ok(());
+    }
+    unshare(CloneFlags::CLONE_NEWNS).context("unshare")?;
+    private_mounts()?;
+    run_on_tmpfs(kernel_cache).context("mount a tmpfs on /run")
+}
+
+/// Lets nothing that is mounted here be seen outside.
+fn private_mounts() -> Result<()> {
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .context("make the mounts private")
 }
 
 /// Puts a tmpfs on `/run` with everything that was there still in its place. CRIU keeps its cache of the

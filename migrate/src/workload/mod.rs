@@ -8,6 +8,8 @@
 //! * [`init`]: pid 1 itself (the hidden subcommand `init`).
 //! * [`enter`]: starting something inside a holder (the hidden subcommand `enter`).
 //! * [`container`]: a workload that is a container of runc's, inside its holder.
+//! * [`podman`]: podman's containers, which are kept by their own monitors; [`watcher`]: what pid 1 does for the others
+//!   (the hidden subcommand `watcher`).
 //! * [`user`]: as whom it runs; [`cgroup`]: what bounds it.
 //! * [`processes`]: what `/proc` says.
 //! * [`record`]: how a restarted agent finds its workloads again.
@@ -20,7 +22,10 @@ pub mod container;
 pub mod enter;
 pub mod holder;
 pub mod init;
+mod keeper;
+pub mod podman;
 pub mod processes;
 pub mod record;
 pub mod sys;
 pub mod user;
+pub mod watcher;

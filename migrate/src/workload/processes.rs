@@ -67,6 +67,59 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     all
 }
 
+/// Whether a holder is not one of ours but a container's monitor, which runs beside everything else of this host.
+pub fn is_monitor(holder: i32) -> bool {
+    Process::read(holder).is_some_and(|process| process.inner_pid != 1)
+}
+
+/// The tasks of a holder's workload. Of those below a monitor they are the ones in the container; the monitor's own
+/// helpers are none.
+pub fn kept_by(holder: i32) -> Vec<i32> {
+    let mut below = descendants(holder);
+    if let Some(monitor) = Process::read(holder).filter(|process| process.inner_pid != 1) {
+        below.retain(|pid| Process::read(*pid).is_some_and(|process| process.depth > monitor.depth));
+    }
+    below
+}
+
+/// A holder's workload and whoever restores or dumps it from within.
+pub fn around(holder: i32) -> Vec<i32> {
+    if !is_monitor(holder) {
+        return in_namespace_of(holder);
+    }
+    // Neither runc nor podman, which write down what has become of the container.
+    let runtimes = children(holder).into_iter().filter(|pid| name(*pid).as_deref() == Some("runc"));
+    let mut all = kept_by(holder);
+    for pid in runtimes.flat_map(descendants) {
+        if !all.contains(&pid) {
+            all.push(pid);
+        }
+    }
+    all
+}
+
+/// The program's name as the kernel has it.
+pub fn name(pid: i32) -> Option<String> {
+    Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned())
+}
+
+/// A program's arguments; none of a process that has ended.
+pub fn arguments(pid: i32) -> Vec<String> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    words.collect()
+}
+
+/// The process that started this one, and whoever started that, as far as this host sees.
+pub fn ancestors(pid: i32) -> impl Iterator<Item = i32> {
+    let parent = |pid: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()?;
+        (parent > 0).then_some(parent)
+    };
+    std::iter::successors(parent(&pid), parent)
+}
+
 /// A process and its descendants: the host's pid by that in their own namespaces.
 pub fn tree(root: i32) -> BTreeMap<i32, i32> {
     let tasks = std::iter::once(root).chain(descendants(root)).filter_map(Process::read);

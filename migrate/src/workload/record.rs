@@ -114,6 +114,10 @@ impl Records {
 /// others are orphans that the workload left.) A container's is the first process of another pid namespace.
 pub fn root_of(holder: HolderPid) -> Option<Process> {
     let depth = Process::read(holder.pid)?.depth;
+    if processes::is_monitor(holder.pid) {
+        let mut tasks = processes::kept_by(holder.pid).into_iter().filter_map(Process::read);
+        return tasks.find(|task| task.is_alive() && task.inner_pid == 1 && task.depth == depth + 1);
+    }
     let children = processes::children(holder.pid).into_iter().filter_map(Process::read);
     let (inside, below): (Vec<_>, Vec<_>) =
         children.filter(Process::is_alive).partition(|process| process.depth == depth);
@@ -125,10 +129,11 @@ pub fn root_of(holder: HolderPid) -> Option<Process> {
 /// CRIU and a container's runtime, where they were stopped together with what they had just restored.
 pub fn stopped_helpers(holder: HolderPid) -> Vec<Process> {
     let Some(depth) = Process::read(holder.pid).map(|process| process.depth) else { return Vec::new() };
-    let kept = processes::descendants(holder.pid);
-    let inside = processes::in_namespace_of(holder.pid).into_iter().filter(|pid| !kept.contains(pid));
+    let is_monitor = processes::is_monitor(holder.pid);
+    let kept = processes::kept_by(holder.pid);
+    let inside = processes::around(holder.pid).into_iter().filter(|pid| !kept.contains(pid));
     let is_one = |process: &Process| {
-        process.depth == depth && process.state == 'T' && process.inner_pid < FIRST_DUMPED_PID
+        process.depth == depth && process.state == 'T' && (is_monitor || process.inner_pid < FIRST_DUMPED_PID)
     };
     inside.filter_map(Process::read).filter(is_one).collect()
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use migrate::tls::Files;
 use serde::Serialize;
 
-use super::{HoldOptions, Tunnels, Workload};
-use crate::{Lab, Site, address};
+use super::{HoldOptions, Runner, Tunnels, Workload};
+use crate::{Lab, Site, address, podman};
 
 /// The services that the workloads are behind, checked so often if at all.
 pub(super) fn services(workloads: &[Workload], check_interval_ms: Option<u64>) -> Vec<Service<'_>> {
@@ -83,16 +83,18 @@ pub(super) fn agent(
         name: &workload.name,
         address: workload.address.to_string(),
         protocol: workload.protocol.name(),
-        command: (!workload.is_container).then_some(&workload.command),
-        dir: (!workload.is_container).then_some(workload.dir.as_deref().unwrap_or(lab.dir())),
+        command: (workload.runner == Runner::Agent).then_some(&workload.command),
+        dir: (workload.runner == Runner::Agent).then_some(workload.dir.as_deref().unwrap_or(lab.dir())),
         start: workload.site == site,
         memory: workload.memory.name(),
-        runc: workload.is_container.then(|| Container { bundle: workload.bundle(lab, site) }),
+        runc: (workload.runner == Runner::Runc).then(|| Bundle { bundle: workload.bundle(lab, site) }),
+        podman: (workload.runner == Runner::Podman).then_some(Named {}),
     });
     write(&Agent {
         site: site.name(),
         listen: format!("{}:{}", address::site4(site), address::AGENT_PORT),
         state_dir: &lab.dir().join(format!("agent-{}", site.name())),
+        podman: podman::words(lab, site),
         tls,
         decapsulator: tunnels.map(|_| Decapsulator {
             interfaces: ["eth0"],
@@ -177,6 +179,7 @@ struct Agent<'a> {
     site: &'static str,
     listen: String,
     state_dir: &'a Path,
+    podman: Vec<String>,
     tls: &'a Files,
     #[serde(skip_serializing_if = "Option::is_none")]
     decapsulator: Option<Decapsulator>,
@@ -203,10 +206,16 @@ struct AgentWorkload<'a> {
     start: bool,
     memory: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    runc: Option<Container>,
+    runc: Option<Bundle>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    podman: Option<Named>,
 }
 
 #[derive(Serialize)]
-struct Container {
+struct Bundle {
     bundle: PathBuf,
 }
+
+/// By the workload's name.
+#[derive(Serialize)]
+struct Named {}

@@ -21,11 +21,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 pub use certificates::Certificates;
-pub use workload::{Memory, Mode, Protocol, Tunnels, Workload};
+pub use workload::{Memory, Mode, Protocol, Runner, Tunnels, Workload};
 
 use crate::error::LabError;
 use crate::http::{self, Response, Server};
 use crate::link::Spec;
+use crate::podman;
 use crate::process::Process;
 use crate::{Lab, Site, address, processors, program, wait_for};
 
@@ -121,9 +122,7 @@ impl Stack {
             lab.hold_virtual_addresses()?;
         }
         let (daemon, agents) = (None, [None, None]);
-        for workload in workloads.iter().filter(|workload| workload.is_container) {
-            workload.make_bundles(&lab)?;
-        }
+        workloads.iter().try_for_each(|workload| workload.make_containers(&lab))?;
         let certificates = Certificates::make(&lab.dir().join("pki"))?;
         let mut stack = Stack {
             daemon,
@@ -328,7 +327,7 @@ impl Stack {
         words.extend(["agent", "--config"].map(OsString::from));
         words.push(self.config_path(&name).into());
         let mut command = self.lab.site(site).command(&words[0]);
-        command.args(&words[1..]);
+        command.args(&words[1..]).env(podman::CONFIG_VARIABLE, podman::config_path(&self.lab));
         self.agents[site as usize] = Some(self.spawn(&name, command)?);
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::bundle::{self, Bundle};
 use crate::error::LabError;
+use crate::podman;
 use crate::programs::installed;
 use crate::{Lab, Site, address};
 
@@ -83,6 +84,18 @@ pub enum Tunnels {
     V6,
 }
 
+/// Who runs a server at a site.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Runner {
+    /// The agent, as a process.
+    #[default]
+    Agent,
+    /// runc, in a container of a bundle that the stack makes ([`Workload::bundle`]).
+    Runc,
+    /// podman, in a container of an image that the stack makes.
+    Podman,
+}
+
 /// A server, which is one backend.
 #[derive(Clone, Debug)]
 pub struct Workload {
@@ -104,8 +117,8 @@ pub struct Workload {
     pub mode: Mode,
     /// When its memory goes over.
     pub memory: Memory,
-    /// It runs in a container of runc's, of a bundle that the stack makes ([`Workload::bundle`]).
-    pub is_container: bool,
+    /// Who runs it.
+    pub runner: Runner,
 }
 
 impl Workload {
@@ -137,13 +150,18 @@ impl Workload {
             service: SocketAddr::new(service, PORT + u16::from(number) - 1),
             mode: Mode::Nat,
             memory: Memory::Auto,
-            is_container: false,
+            runner: Runner::Agent,
         }
     }
 
-    /// The same server in a container.
+    /// The same server in a container of runc's.
     pub fn in_container(self) -> Workload {
-        Workload { is_container: true, ..self }
+        Workload { runner: Runner::Runc, ..self }
+    }
+
+    /// The same server in a container of podman's.
+    pub fn in_podman(self) -> Workload {
+        Workload { runner: Runner::Podman, ..self }
     }
 
     /// The bundle of its container at a site.
@@ -162,16 +180,30 @@ impl Workload {
         format!("/{id}-{}-{}", site.name(), self.name)
     }
 
-    /// Makes its root folder and the bundles of both sites.
-    pub(super) fn make_bundles(&self, lab: &Lab) -> Result<(), LabError> {
+    /// Makes what its runner needs at both sites: nothing for a process.
+    pub(super) fn make_containers(&self, lab: &Lab) -> Result<(), LabError> {
+        if self.runner == Runner::Agent {
+            return Ok(());
+        }
         let (program, arguments) = self.command.split_first().expect("a workload has a program");
         let root = self.root(lab);
         bundle::fill_root(&root, &installed(program)?)?;
+        if self.runner == Runner::Podman {
+            podman::make_images(lab, &root)?;
+            let create = |site| podman::create(lab, site, &self.name, &[], &self.contained()).map(drop);
+            return Site::ALL.into_iter().try_for_each(create);
+        }
         Site::ALL.into_iter().try_for_each(|site| {
             let cgroup = self.container_group(lab, site);
             let bundle = Bundle { root: &root, cgroup: &cgroup, network: None, criu_config: None, arguments };
             bundle.write(&self.bundle(lab, site))
         })
+    }
+
+    /// Its program and arguments inside of a container.
+    pub fn contained(&self) -> Vec<&str> {
+        let arguments = self.command.iter().skip(1).map(String::as_str);
+        std::iter::once(bundle::PROGRAM).chain(arguments).collect()
     }
 
     /// The same server in another mode: where that is [`Mode::Dsr`] it is bound to the service's address, which its

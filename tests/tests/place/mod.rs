@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use lab::stack::{HoldOptions, Mode, Protocol, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Mode, Protocol, Runner, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, wait_for};
 use serde_json::Value;
 
@@ -40,7 +40,7 @@ impl Place {
             service,
             mode: Mode::Nat,
             memory: lab::stack::Memory::Auto,
-            is_container: false,
+            runner: Runner::Agent,
         };
         let hold = HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..hold };
         let options = StackOptions { workloads: vec![workload], hold, ..StackOptions::default() };

@@ -9,8 +9,8 @@ struct Program {
     name: &'static str,
     package: &'static str,
     purpose: &'static str,
-    /// The service that the package brings, if any.
-    service: Option<&'static str>,
+    /// The services that the package brings.
+    services: &'static [&'static str],
 }
 
 impl Program {
@@ -25,11 +25,14 @@ impl Program {
 }
 
 const fn tool(name: &'static str, package: &'static str, purpose: &'static str) -> Program {
-    Program { name, package, purpose, service: None }
+    Program { name, package, purpose, services: &[] }
 }
 
-const fn server(name: &'static str, purpose: &'static str) -> Program {
-    Program { name, package: name, purpose, service: Some(name) }
+/// A program whose package and service are called as it is.
+macro_rules! server {
+    ($name:literal, $purpose:literal) => {
+        Program { name: $name, package: $name, purpose: $purpose, services: &[$name] }
+    };
 }
 
 const PROGRAMS: &[Program] = &[
@@ -40,26 +43,32 @@ const PROGRAMS: &[Program] = &[
     tool("mount", "mount", "used by tests of the lab"),
     tool("kill", "procps", "ends what a lab test started"),
     tool("runc", "runc", "runs workloads of tests as containers, measured beside Drover"),
+    Program {
+        name: "podman",
+        package: "podman",
+        purpose: "runs workloads of tests as containers",
+        services: &["podman.socket", "podman.service", "podman-restart.service", "podman-auto-update.timer"],
+    },
     tool("redis-cli", "redis-tools", "fills a workload of tests"),
-    server("redis-server", "a workload of tests and demo"),
-    server("openarena-server", "a workload of tests and demo"),
+    server!("redis-server", "a workload of tests and demo"),
+    server!("openarena-server", "a workload of tests and demo"),
     tool("/usr/lib/ioquake3/ioquake3", "ioquake3", "a client of a workload of tests"),
     tool("/usr/games/openarena", "openarena", "what that client plays"),
     tool("Xvfb", "xvfb", "a screen for that client"),
-    server("mosquitto", "a workload of tests"),
+    server!("mosquitto", "a workload of tests"),
     tool("mosquitto_pub", "mosquitto-clients", "clients of a workload of tests"),
     Program {
         name: "nginx",
         package: "nginx-light",
         purpose: "a workload of tests, measured beside Drover",
-        service: Some("nginx"),
+        services: &["nginx"],
     },
 ];
 
 /// What Drover is measured beside. A benchmark leaves out what is not there.
 const PEERS: &[Program] = &[
     tool("iperf3", "iperf3", "measures throughput in benchmarks"),
-    server("haproxy", "measured beside Drover"),
+    server!("haproxy", "measured beside Drover"),
     tool("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream", "nginx's TCP and UDP proxy"),
 ];
 
@@ -102,7 +111,7 @@ fn provide_all(programs: &[Program], report: &mut impl FnMut(&str, State)) {
     for program in absent {
         let state = match &installed {
             Ok(()) if program.is_there() => {
-                program.service.into_iter().for_each(debian::disable_service);
+                program.services.iter().for_each(|service| debian::disable_service(service));
                 State::Installed(format!("{} (package {})", program.purpose, program.package))
             }
             Ok(()) => State::Missing(format!("package {} has no program {}", program.package, program.name)),

@@ -14,7 +14,7 @@ use bench::scenario::{self, Scenario};
 use bench::timeline::Timeline;
 use bench::verify::redis_counts;
 use lab::processors;
-use lab::stack::{Memory, Mode, Protocol, Stack, StackOptions, Workload};
+use lab::stack::{Memory, Mode, Protocol, Runner, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address};
 use serde_json::json;
 
@@ -169,7 +169,7 @@ fn workload(scenario: Scenario, lab: &Lab) -> anyhow::Result<Workload> {
         service: SocketAddr::from((address::VIRTUAL4, port)),
         mode: Mode::Nat,
         memory: Memory::Auto,
-        is_container: false,
+        runner: Runner::Agent,
     })
 }
 

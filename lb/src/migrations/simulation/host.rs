@@ -63,6 +63,7 @@ impl Host for SimulatedHost {
                 sockets: Vec::new(),
                 processor: Processor { instructions: Vec::new(), criu_image: None },
                 is_container: false,
+                image: None,
             })
         }
         .boxed()

@@ -218,6 +218,7 @@ impl Parties {
             state_dir: state,
             criu: None,
             runc: "runc".into(),
+            podman: vec!["podman".to_owned()],
             spare_memory_bytes: 0,
             decapsulator: None,
             workloads: vec![workload],

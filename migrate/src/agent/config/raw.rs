@@ -25,6 +25,7 @@ pub(super) struct RawConfig {
     state_dir: Option<PathBuf>,
     criu: Option<Vec<String>>,
     runc: Option<PathBuf>,
+    podman: Option<Vec<String>>,
     #[serde(default = "spare_memory_mib")]
     spare_memory_mib: u64,
     decapsulator: Option<RawDecapsulator>,
@@ -49,7 +50,7 @@ struct RawWorkload {
     env: Option<BTreeMap<String, String>>,
     cgroup: Option<RawCgroup>,
     runc: Option<RawContainer>,
-    podman: Option<serde::de::IgnoredAny>,
+    podman: Option<RawPodman>,
     docker: Option<serde::de::IgnoredAny>,
 }
 
@@ -62,15 +63,22 @@ struct RawContainer {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+struct RawPodman {
+    container: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct RawCgroup {
     path: PathBuf,
     memory_max_mib: Option<u64>,
     pids_max: Option<u64>,
 }
 
-/// Why containers of daemons and of other programs are not taken.
-const NOT_HELD: &str = "its containers are not moved, since a monitor or daemon outside of the container keeps acting on \
-                        it (see the README): export it as an OCI bundle, and write runc = { bundle = \"/PATH\" }";
+/// Why containers of daemons are not taken.
+const NOT_HELD: &str = "its containers are not moved, since a daemon outside of the container keeps acting on it (see the \
+                        README): make one of its image with podman, or export it as an OCI bundle, and write \
+                        runc = { bundle = \"/PATH\" }";
 
 /// What a host needs to stay usable.
 fn spare_memory_mib() -> u64 {
@@ -93,8 +101,10 @@ impl RawConfig {
         if !state_dir.is_absolute() {
             return Err(at("state_dir", "an absolute path is meant"));
         }
-        if self.criu.as_ref().is_some_and(Vec::is_empty) {
-            return Err(at("criu", "a program is meant; leave the key out for the default"));
+        for (key, words) in [("criu", &self.criu), ("podman", &self.podman)] {
+            if words.as_ref().is_some_and(Vec::is_empty) {
+                return Err(at(key, "a program is meant; leave the key out for the default"));
+            }
         }
         let mut workloads: Vec<Workload> = Vec::new();
         for (index, raw) in self.workloads.into_iter().enumerate() {
@@ -110,11 +120,11 @@ impl RawConfig {
                     let problem = format!("the path is taken by workload {:?}", other.name);
                     return Err((format!("{place}: cgroup: path"), problem));
                 }
-                if let (Some(container), Some(others)) = (workload.container(), other.container())
-                    && container.name == others.name
+                if let Some(container) = workload.container()
+                    && other.container() == Some(container)
                 {
                     let problem = format!("the container is workload {:?}'s", other.name);
-                    return Err((format!("{place}: runc: container"), problem));
+                    return Err((format!("{place}: {}: container", container.0), problem));
                 }
                 if (other.address, other.protocol) == (workload.address, workload.protocol) {
                     let problem = format!("the address is taken by workload {:?}", other.name);
@@ -143,6 +153,7 @@ impl RawConfig {
             state_dir,
             criu: self.criu,
             runc: self.runc.unwrap_or_else(|| "runc".into()),
+            podman: self.podman.unwrap_or_else(|| vec!["podman".to_owned()]),
             spare_memory_bytes,
             decapsulator,
             workloads,
@@ -183,9 +194,12 @@ impl RawWorkload {
         if address.ip().is_unspecified() || address.port() == 0 {
             return Err(at("address", "the one address that clients are led to is meant, with its port"));
         }
-        let kind = match &self.runc {
-            Some(_) => Kind::Runc(self.as_container()?),
-            None => Kind::Process(self.as_process()?),
+        let kind = match (&self.runc, &self.podman, &self.docker) {
+            (.., Some(_)) => return Err(at("docker", NOT_HELD)),
+            (Some(_), Some(_), _) => return Err(at("podman", "there is `runc`, too: take one of them away")),
+            (Some(container), ..) => Kind::Runc(self.as_runcs(container)?),
+            (_, Some(container), _) => Kind::Podman(self.as_podmans(container)?),
+            (None, None, None) => Kind::Process(self.as_process()?),
         };
         let cgroup = self.cgroup.map(RawCgroup::validate).transpose()?;
         let Self { name, protocol, start, memory, .. } = self;
@@ -194,15 +208,13 @@ impl RawWorkload {
 
     fn as_process(&self) -> Result<Process, Problem> {
         let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
-        for (key, is_there) in [("podman", self.podman.is_some()), ("docker", self.docker.is_some())] {
-            if is_there {
-                return Err(at(key, NOT_HELD));
-            }
-        }
         let Some(command) =
             self.command.clone().filter(|command| command.first().is_some_and(|it| !it.is_empty()))
         else {
-            return Err(at("command", "a program and its arguments are meant (or `runc`, and a bundle)"));
+            return Err(at(
+                "command",
+                "a program and its arguments are meant (or `runc` with a bundle, or `podman`)",
+            ));
         };
         let dir = self.dir.clone().unwrap_or_else(|| "/".into());
         for (key, path) in [("dir", Some(&dir)), ("log", self.log.as_ref())] {
@@ -225,11 +237,34 @@ impl RawWorkload {
         Ok(Process { command, dir, log: self.log.clone(), user, env })
     }
 
-    fn as_container(&self) -> Result<Container, Problem> {
-        let at = |place: &str, problem: &str| (place.to_owned(), problem.to_owned());
+    fn as_runcs(&self, raw: &RawContainer) -> Result<Container, Problem> {
+        self.has_nothing_of_a_process("is in its bundle's config.json")?;
+        if !raw.bundle.is_absolute() {
+            return Err(("runc: bundle".to_owned(), "an absolute path is meant".to_owned()));
+        }
+        Ok(Container {
+            bundle: raw.bundle.clone(),
+            name: self.container_name("runc", raw.container.as_ref())?,
+        })
+    }
+
+    fn as_podmans(&self, raw: &RawPodman) -> Result<String, Problem> {
+        self.has_nothing_of_a_process("was said to `podman create`")?;
+        self.container_name("podman", raw.container.as_ref())
+    }
+
+    fn container_name(&self, key: &str, name: Option<&String>) -> Result<String, Problem> {
+        let name = name.unwrap_or(&self.name);
+        if is_valid_id(name) {
+            return Ok(name.clone());
+        }
+        let problem = "letters, digits, `-`, `_` and `.` are meant, at most 64";
+        Err((format!("{key}: container"), problem.to_owned()))
+    }
+
+    /// What a process is told here stands elsewhere for a container.
+    fn has_nothing_of_a_process(&self, elsewhere: &str) -> Result<(), Problem> {
         for (key, is_there) in [
-            ("podman", self.podman.is_some()),
-            ("docker", self.docker.is_some()),
             ("command", self.command.is_some()),
             ("dir", self.dir.is_some()),
             ("log", self.log.is_some()),
@@ -238,20 +273,10 @@ impl RawWorkload {
             ("cgroup", self.cgroup.is_some()),
         ] {
             if is_there {
-                return Err(at(key, "a container's is in its bundle's config.json: take the key away"));
+                return Err((key.to_owned(), format!("a container's {elsewhere}: take the key away")));
             }
         }
-        let Some(RawContainer { bundle, container }) = &self.runc else {
-            return Err(at("runc", "a bundle is meant"));
-        };
-        if !bundle.is_absolute() {
-            return Err(at("runc: bundle", "an absolute path is meant"));
-        }
-        let name = container.clone().unwrap_or_else(|| self.name.clone());
-        if !is_valid_id(&name) {
-            return Err(at("runc: container", "letters, digits, `-`, `_` and `.` are meant, at most 64"));
-        }
-        Ok(Container { bundle: bundle.clone(), name })
+        Ok(())
     }
 }
 

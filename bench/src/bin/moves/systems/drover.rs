@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use bench::interrupt::Interrupt;
 use bench::moves::case::Case;
 use bench::report::{Coordinated, Outcome, Phase};
-use lab::stack::{HoldOptions, Memory, Mode, Protocol, Stack, StackOptions, Workload};
+use lab::stack::{HoldOptions, Memory, Mode, Protocol, Runner, Stack, StackOptions, Workload};
 use lab::{Lab, Site, address, processors};
 use serde::Deserialize;
 use serde_json::Value;
@@ -63,7 +63,7 @@ impl Placed {
             service: SocketAddr::from((address::VIRTUAL4, PORT)),
             mode: Mode::Nat,
             memory,
-            is_container: false,
+            runner: Runner::Agent,
         };
         let hold =
             HoldOptions { deadline_ms: Some(HOLD_MS), max_age_ms: Some(HOLD_MS), ..HoldOptions::default() };
