@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 
 use super::admission::{self, HEALTH, IMAGES, MANIFEST, MEMORY};
 use super::door::{Caller, Door, Entered};
+use super::readiness::ReadinessError;
 use super::refusal::Refusal;
 use super::session::{Ask, Peer, Session};
 use super::site::{Place, Site, SiteError};

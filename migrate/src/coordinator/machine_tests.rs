@@ -407,6 +407,16 @@ fn recovery_takes_the_direction_that_the_gate_says() {
     assert_eq!(*ahead.state(), State::Finished { outcome: Outcome::Committed, reason: None });
 }
 
+#[test]
+fn a_hold_of_new_connections_that_nobody_asked_for_is_none() {
+    let (mut machine, _) = Machine::start(HOLD, Duration::ZERO);
+    machine.on(Event::TargetPrepared, ms(1));
+    assert_eq!(machine.on(Event::SourcePrepared, ms(2)), [Command::Hold]);
+    let before = machine.state().clone();
+    assert_eq!(machine.on(Event::HeldNew { generation: GENERATION }, ms(3)), []);
+    assert_eq!(*machine.state(), before);
+}
+
 fn any_event() -> impl Strategy<Value = Event> {
     prop::sample::select(every_event())
 }

@@ -221,7 +221,9 @@ impl Machine {
                 self.state = State::Before(Before::Holding { generation: None });
                 vec![Command::HoldNew]
             }
-            (Before::Holding { .. }, Event::HeldNew { generation }) => {
+            (Before::Holding { generation: None }, Event::HeldNew { generation })
+                if !self.handshakes.is_zero() =>
+            {
                 let until = now + self.handshakes;
                 self.state = State::Before(Before::HoldingNew { generation, until });
                 Vec::new()
