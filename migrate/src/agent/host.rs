@@ -31,6 +31,9 @@ pub type Armed = Pin<Box<dyn Future<Output = Result<(), SilenceError>> + Send + 
 /// Is told how the queues were drained.
 pub type Drained = Box<dyn FnOnce(Result<(), DrainError>) + Send>;
 
+/// Empty namespaces for a workload, and a CRIU in them that waits to be told to restore.
+pub type Restoring = (Box<dyn Held>, Box<dyn Criu>);
+
 /// A host.
 pub trait Host: Debug + Send + Sync + 'static {
     /// Fails unless CRIU works here.
@@ -66,7 +69,7 @@ pub trait Host: Debug + Send + Sync + 'static {
         &'a self,
         workload: &'a Workload,
         images: &'a Path,
-    ) -> BoxFuture<'a, Result<(Box<dyn Held>, Box<dyn Criu>), PrepareError>> {
+    ) -> BoxFuture<'a, Result<Restoring, PrepareError>> {
         async move {
             let holder = self.hold().await?;
             let cgroups = workload.make_cgroup()?;

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use tokio::time::Instant;
 
 use super::config::{self, Config, Kind as WorkloadKind, Workload};
-use super::host::{Criu, Drained, Held, Host, Silencing};
+use super::host::{Criu, Drained, Held, Host, Restoring, Silencing};
 use super::readiness::{Readiness, ReadinessError};
 use super::site::SiteError;
 use super::target::PrepareError;
@@ -211,7 +211,7 @@ impl Host for Linux {
         &'a self,
         workload: &'a Workload,
         images: &'a Path,
-    ) -> BoxFuture<'a, Result<(Box<dyn Held>, Box<dyn Criu>), PrepareError>> {
+    ) -> BoxFuture<'a, Result<Restoring, PrepareError>> {
         async move {
             let (holder, swrk) = self.start_swrk_for_restore(workload, images).await?;
             Ok((Box::new(holder) as Box<dyn Held>, Box::new(swrk) as Box<dyn Criu>))
