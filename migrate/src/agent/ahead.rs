@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::images::{ImagesError, Upload};
-use crate::memory::ahead::{Ahead, LEAST_BYTES, goes_on};
+use crate::memory::ahead::{Ahead, Extent, LEAST_BYTES, Way, goes_on};
 use crate::protocol::frames::PIECE_BYTES;
 use crate::workload::processes;
 
 /// How often it is told that bytes flow.
 const NEWS_PERIOD: Duration = Duration::from_secs(1);
+
+/// How often the queue to the connection is looked at in the end.
+const QUEUE_PAUSE: Duration = Duration::from_millis(2);
 
 /// What is told of it.
 #[derive(Debug)]
@@ -83,8 +86,7 @@ impl Run {
     }
 
     fn rounds(&mut self) -> Result<Ahead, ImagesError> {
-        let tasks = processes::tree(self.root);
-        let mut ahead = Ahead::of(&tasks);
+        let mut ahead = Ahead::of(&processes::tree(self.root));
         let all = ahead.bytes();
         if all < LEAST_BYTES {
             return Ok(Ahead::default());
@@ -97,7 +99,8 @@ impl Run {
         }
         let (mut round, mut before) = (0, u64::MAX);
         loop {
-            let sent = match ahead.round(&tasks, |name, extents, data| self.send(name, extents, data)) {
+            // A task that has ended since may have left its pid to somebody else.
+            let sent = match ahead.round(&processes::tree(self.root), self) {
                 Ok(sent) => sent,
                 Err(Early::Stopped) => return Ok(ahead),
                 Err(Early::Failed(error)) => return Err(error),
@@ -105,22 +108,42 @@ impl Run {
             round += 1;
             tracing::debug!(round, sent, all, "memory went ahead");
             if !goes_on(round, sent, before, all) {
-                return Ok(ahead);
+                break;
             }
             before = sent;
         }
+        // What waits here would go in the freeze.
+        let mut waiting = self.upload.waiting();
+        while waiting > 0 && !self.stop.load(Ordering::Relaxed) {
+            std::thread::sleep(QUEUE_PAUSE);
+            let now = self.upload.waiting();
+            if now < waiting && self.goes_on().is_err() {
+                break;
+            }
+            waiting = now;
+        }
+        Ok(ahead)
     }
+}
 
-    fn send(&mut self, name: &str, extents: &[(u64, u32)], data: &[u8]) -> Result<(), Early> {
+impl Way for Run {
+    type End = Early;
+
+    fn goes_on(&mut self) -> Result<(), Early> {
         if self.stop.load(Ordering::Relaxed) {
             return Err(Early::Stopped);
         }
-        self.upload.send_piece(name, extents, data).map_err(Early::Failed)?;
-        self.sent_bytes += data.len() as u64;
         if self.told.elapsed() >= NEWS_PERIOD {
             self.told = Instant::now();
             let _ = self.news.send(News::Flows(self.sent_bytes));
         }
+        Ok(())
+    }
+
+    fn send(&mut self, name: &str, extents: &[Extent], data: &[u8]) -> Result<(), Early> {
+        self.goes_on()?;
+        self.upload.send_piece(name, extents, data).map_err(Early::Failed)?;
+        self.sent_bytes += data.len() as u64;
         Ok(())
     }
 }

@@ -265,6 +265,11 @@ impl Upload {
         self.chunks.blocking_send(piece).map_err(|_| ended())
     }
 
+    /// Chunks that the connection has not taken yet.
+    pub fn waiting(&self) -> usize {
+        if self.chunks.is_closed() { 0 } else { self.chunks.max_capacity() - self.chunks.capacity() }
+    }
+
     /// The link is slower than we are.
     fn is_behind(&self) -> bool {
         self.chunks.capacity() == 0

@@ -393,8 +393,11 @@ impl Driver {
                         (self.upload, self.ahead) = (Some(upload), Arc::new(ahead));
                         self.session.report(AgentEvent::CopiedAhead { bytes });
                     }
-                    // The coordinator calls it off.
-                    Err(error) => self.session.report(AgentEvent::Failed { reason: chain(&error) }),
+                    Err(error) => {
+                        // The coordinator calls it off.
+                        self.session.report(AgentEvent::Failed { reason: chain(&error) });
+                        return None;
+                    }
                 }
                 std::mem::take(&mut self.freeze_waits).then_some(Event::Freeze)
             }
@@ -448,7 +451,7 @@ impl Driver {
                 std::mem::take(&mut self.release_waits).then_some(Event::Release)
             }
             Ask::Abort => {
-                self.freeze_waits = false;
+                (self.copying, self.freeze_waits) = (None, false);
                 Some(Event::Abort)
             }
             // A target's.

@@ -38,6 +38,16 @@ const UNSENT: [u8; 32] = [0; 32];
 /// Some bytes of a file: where they begin, and how many.
 pub type Extent = (u64, u32);
 
+/// The way to the target.
+pub trait Way {
+    /// Why nothing more is sent.
+    type End;
+    /// Asked now and then, whether or not there is something to send.
+    fn goes_on(&mut self) -> Result<(), Self::End>;
+    /// Sends parts of a file.
+    fn send(&mut self, name: &str, extents: &[Extent], data: &[u8]) -> Result<(), Self::End>;
+}
+
 /// What was sent of all tasks, by their pids as their own namespace counts.
 #[derive(Debug, Default)]
 pub struct Ahead {
@@ -124,12 +134,8 @@ impl Ahead {
         })
     }
 
-    /// Gives `send` what is not as it was sent, a mebibyte at a time and at most; how much that was.
-    pub fn round<E>(
-        &mut self,
-        tasks: &BTreeMap<i32, i32>,
-        mut send: impl FnMut(&str, &[Extent], &[u8]) -> Result<(), E>,
-    ) -> Result<u64, E> {
+    /// Sends what is not as it was sent, a mebibyte at a time and at most; how much that was.
+    pub fn round<W: Way>(&mut self, tasks: &BTreeMap<i32, i32>, way: &mut W) -> Result<u64, W::End> {
         let mut buffer = vec![0; BLOCK_PAGES * PAGE];
         let mut sent_bytes = 0;
         for (inner_pid, task) in &mut self.tasks {
@@ -137,6 +143,7 @@ impl Ahead {
             let name = pages_name(*inner_pid);
             let mut gathered = Gathered::default();
             for first in (0..task.hashes.len()).step_by(BLOCK_PAGES) {
+                way.goes_on()?;
                 let hashes = task.hash(*pid, first, &mut buffer);
                 for (page, (hash, content)) in hashes.iter().zip(buffer.chunks_exact(PAGE)).enumerate() {
                     if *hash == UNSENT || *hash == task.hashes[first + page] {
@@ -146,12 +153,12 @@ impl Ahead {
                     sent_bytes += PAGE_BYTES;
                     if gathered.add((first + page) as u64 * PAGE_BYTES, content) {
                         let Gathered { extents, data } = std::mem::take(&mut gathered);
-                        send(&name, &extents, &data)?;
+                        way.send(&name, &extents, &data)?;
                     }
                 }
             }
             if !gathered.data.is_empty() {
-                send(&name, &gathered.extents, &gathered.data)?;
+                way.send(&name, &gathered.extents, &gathered.data)?;
             }
         }
         Ok(sent_bytes)
@@ -218,13 +225,15 @@ impl Ahead {
 
 impl Stretch {
     /// How many bytes.
-    pub fn len(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.pages * PAGE_BYTES
     }
 
     fn goes_on_with(&self, next: Standing) -> bool {
         match (self.standing, next) {
-            (Standing::Changed { offset }, Standing::Changed { offset: next }) => offset + self.len() == next,
+            (Standing::Changed { offset }, Standing::Changed { offset: next }) => {
+                offset + self.bytes() == next
+            }
             (standing, next) => standing == next,
         }
     }
@@ -384,8 +393,14 @@ mod tests {
     #[derive(Default)]
     struct Files(BTreeMap<String, Vec<u8>>);
 
-    impl Files {
-        fn write(&mut self, name: &str, extents: &[Extent], mut data: &[u8]) -> Result<(), Infallible> {
+    impl Way for Files {
+        type End = Infallible;
+
+        fn goes_on(&mut self) -> Result<(), Infallible> {
+            Ok(())
+        }
+
+        fn send(&mut self, name: &str, extents: &[Extent], mut data: &[u8]) -> Result<(), Infallible> {
             let file = self.0.entry(name.to_owned()).or_default();
             for (offset, len) in extents {
                 let (part, rest) = data.split_at(*len as usize);
@@ -412,9 +427,7 @@ mod tests {
         };
         let at = |page: usize| skip + if page < 300 { page } else { page + 10 } * PAGE;
         let mut files = Files::default();
-        let mut round = |ahead: &mut Ahead| {
-            ahead.round(&tasks, |name, extents, data| files.write(name, extents, data)).unwrap()
-        };
+        let mut round = |ahead: &mut Ahead| ahead.round(&tasks, &mut files).unwrap();
         assert_eq!(round(&mut ahead), 600 * PAGE_BYTES);
         assert_eq!(round(&mut ahead), 0);
         let changes = [0, 1, 299, 300, 599];
@@ -443,8 +456,9 @@ mod tests {
     fn memory_that_is_gone_counts_as_changed() {
         let tasks = BTreeMap::from([(7, std::process::id().cast_signed())]);
         let mut ahead = Ahead { tasks: BTreeMap::from([(7, Sent::of(&[(PAGE_BYTES, 3)]))]) };
-        let sent = ahead.round(&tasks, |_, _, _| Err::<(), _>("nothing can be read")).unwrap();
-        assert_eq!(sent, 0);
+        let mut files = Files::default();
+        let sent = ahead.round(&tasks, &mut files).unwrap();
+        assert_eq!((sent, files.0.len()), (0, 0));
         assert_eq!(ahead.changed(&tasks).0[&7], [true; 3]);
     }
 
@@ -498,7 +512,7 @@ mod tests {
                     };
                     prop_assert_eq!(stretch.standing, expected);
                 }
-                address += stretch.len();
+                address += stretch.bytes();
             }
             prop_assert_eq!(address, end);
         }

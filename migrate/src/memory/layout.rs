@@ -254,7 +254,7 @@ impl Task {
     fn compare(&mut self, from: From<'_>, earlier: Earlier<'_>, address: u64, pages: u64) {
         let begin = self.entries.len();
         for stretch in earlier.ahead.stretches(earlier.changed, from.inner_pid, address, pages) {
-            let (address, len) = (stretch.address, stretch.len());
+            let (address, len) = (stretch.address, stretch.bytes());
             if let Standing::Changed { offset } = stretch.standing {
                 let name = pages_name(from.inner_pid);
                 self.changes.push(Change { name, offset, pid: from.pid, address, len });
