@@ -1,10 +1,11 @@
-//! Memory that goes over after the restore: a redis server with a hundred thousand keys under live clients, moved there
-//! and back, and what becomes of it when somebody dies before all of it is there.
+//! Memory that goes over after the restore, or before the freeze: a redis server with tens of thousands of keys under live
+//! clients, moved there and back, and what becomes of it when somebody dies before all of it is there.
 
 #![expect(clippy::unwrap_used, reason = "a test states what it expects by unwrapping")]
 
 mod drill;
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::num::NonZeroU64;
@@ -29,7 +30,11 @@ impl Drill {
     }
 
     fn with_keys(workload: Workload, rate: Option<u64>) -> Self {
-        let workload = Workload { memory: Memory::Post, ..workload };
+        Self::with_memory(Memory::Post, workload, rate)
+    }
+
+    fn with_memory(memory: Memory, workload: Workload, rate: Option<u64>) -> Self {
+        let workload = Workload { memory, ..workload };
         let hold =
             HoldOptions { deadline_ms: Some(15_000), max_age_ms: Some(20_000), ..HoldOptions::default() };
         let way = |rate| WaySpec { rate_bits_per_s: NonZeroU64::new(rate), ..WaySpec::default() };
@@ -151,6 +156,75 @@ fn both_agents_may_die_before_all_memory_is_there() {
     // What has all of its memory can move on.
     std::thread::sleep(Duration::from_millis(200));
     drill.commits(Site::A);
+    assert_eq!(drill.digest(), digest);
+    drill.must_be_whole();
+}
+
+/// Memory goes over before the freeze while keys change, and what has changed goes in the freeze.
+fn moves_after_its_memory(drill: Drill, moves: usize) {
+    let digest = drill.digest();
+    let mut written = BTreeMap::new();
+    for (number, to) in [Site::B, Site::A].into_iter().cycle().take(moves).enumerate() {
+        let id = drill.stack.start_migration(drill.name(), to, &Value::Null).unwrap();
+        let migration = loop {
+            // Beside those that the digest is of, and in the pages that they are in.
+            for key in (3..KEYS).step_by(7 * 1001).map(|key| key + 7 * (number as u32)) {
+                let value = format!("{number}-{key}-").repeat(60);
+                assert!(drill.redis(&["SET", &format!("key:{key}"), &value]).starts_with("+OK"));
+                written.insert(key, value);
+            }
+            let (_, migration) = drill.stack.admin("GET", &format!("/v1/migrations/{id}"), None).unwrap();
+            if migration["state"] != "running" {
+                break migration;
+            }
+        };
+        assert_eq!(migration["state"], "committed", "{migration:#}");
+        let report = &migration["report"];
+        assert!(report["image_bytes"].as_u64().unwrap() < 16 << 20, "{report:#}");
+        assert_eq!(report["exposed_ms"].as_f64(), Some(0.0), "{report:#}");
+        assert_eq!(drill.digest(), digest, "move {number}");
+        for (key, value) in &written {
+            let same = "return redis.call('GET', KEYS[1]) == ARGV[1]";
+            let answer = drill.redis(&["EVAL", same, "1", &format!("key:{key}"), value]);
+            assert!(answer.starts_with(":1"), "move {number}, key {key}");
+        }
+    }
+    drill.must_be_whole();
+}
+
+#[test]
+fn a_large_server_moves_there_and_back_after_its_memory() {
+    moves_after_its_memory(Drill::with_memory(Memory::Pre, large(), None), 6);
+}
+
+#[test]
+fn a_container_moves_there_and_back_after_its_memory() {
+    moves_after_its_memory(Drill::with_memory(Memory::Pre, large().in_container(), None), 2);
+}
+
+#[test]
+fn a_slow_link_takes_the_memory_before_the_freeze() {
+    moves_after_its_memory(Drill::with_memory(Memory::Pre, large(), Some(100_000_000)), 2);
+}
+
+#[test]
+fn a_server_whose_memory_goes_over_is_as_it_was_when_that_is_called_off() {
+    let drill = Drill::with_memory(Memory::Pre, large(), Some(20_000_000));
+    // Which cannot be packed.
+    assert!(drill.redis(&["CONFIG", "SET", "lua-time-limit", "20000"]).starts_with("+OK"));
+    let fill = "for key = 1, 20000 do local part = '' for n = 1, 25 do part = part .. redis.sha1hex(key .. '.' .. n) end \
+                redis.call('SET', 'noise:' .. key, part) end return 1";
+    assert!(drill.redis(&["EVAL", fill, "0"]).starts_with(":1"));
+    let digest = drill.digest();
+    let id = drill.stack.start_migration(drill.name(), Site::B, &Value::Null).unwrap();
+    drill.reaches(&id, "prepare");
+    std::thread::sleep(Duration::from_secs(2));
+    let (_, migration) = drill.stack.admin("GET", &format!("/v1/migrations/{id}"), None).unwrap();
+    assert_eq!(migration["phases"].as_array().unwrap().len(), 1, "{migration:#}");
+    let (status, _) = drill.stack.admin("DELETE", &format!("/v1/migrations/{id}"), None).unwrap();
+    assert!((200..300).contains(&status), "{status}");
+    let migration = drill.stack.finished_migration(&id, LIMIT).unwrap();
+    drill.rolled_back(&migration, "abort");
     assert_eq!(drill.digest(), digest);
     drill.must_be_whole();
 }

@@ -93,7 +93,7 @@ pub enum Memory {
     /// With the images if it is little, after the restore otherwise.
     #[default]
     Auto,
-    /// With the images: the freeze grows with it, and the workload never depends on two sites.
+    /// With the images or ahead of them: the workload never depends on two sites.
     Pre,
     /// After the restore: the freeze does not grow with it, and until all of it is there the loss of either site is the
     /// loss of the workload.

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,8 +18,10 @@ use tokio::sync::mpsc;
 
 use crate::client::{AgentClient, chain};
 use crate::criu::latch::received_as;
-use crate::memory::read::{Image, Reader};
-use crate::protocol::frames::{Decoder, Encoder, FrameError, Item};
+use crate::memory::ahead::{AHEAD_FOLDER, Extent, PARENT_LINK, pages_name};
+use crate::memory::layout::{Change, Laid, number};
+use crate::memory::read::{Reader, read_memory};
+use crate::protocol::frames::{Decoder, Encoder, FrameError, Item, PIECE_BYTES};
 use crate::system;
 
 /// What is read from an image at a time, and the largest HTTP/2 frame.
@@ -124,20 +126,33 @@ impl Folder {
         Ok(images)
     }
 
-    /// Writes what comes until the end mark; gives the bytes on the wire. `begun` is called at the first.
+    /// Writes what comes until the end mark; gives the bytes on the wire. `ahead` is called at whatever comes ahead of
+    /// the images, `begun` at the first of these.
     pub async fn receive<E: std::fmt::Display>(
         path: &Path,
         mut stream: impl Stream<Item = Result<Bytes, E>> + Unpin,
+        mut ahead: impl FnMut(),
         begun: impl FnOnce(),
     ) -> Result<u64, ImagesError> {
         let mut decoder = Decoder::default();
         let mut current: Option<(String, File)> = None;
+        let mut pieces: Option<(String, File)> = None;
         let (mut sent_bytes, mut ended, mut begun) = (0, false, Some(begun));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|error| ImagesError::Stream(error.to_string()))?;
             sent_bytes += chunk.len() as u64;
             decoder.push(chunk, |item| -> Result<(), ImagesError> {
                 match item {
+                    Item::Piece { name, extents, data } => {
+                        ahead();
+                        let failed = |error| ImagesError::File(name.clone(), error);
+                        if pieces.as_ref().is_none_or(|(open, _)| *open != name) {
+                            pieces = Some((name.clone(), open_ahead(path, &name).map_err(failed)?));
+                        }
+                        if let Some((_, file)) = &pieces {
+                            write_parts(file, &extents, &data).map_err(failed)?;
+                        }
+                    }
                     Item::File { name, .. } => {
                         if let Some(begun) = begun.take() {
                             begun();
@@ -172,6 +187,34 @@ impl Folder {
     }
 }
 
+/// Opens a file of what comes ahead, where CRIU takes it for that of an earlier dump.
+fn open_ahead(path: &Path, name: &str) -> io::Result<File> {
+    let folder = path.join(AHEAD_FOLDER);
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Ok(()) => symlink(AHEAD_FOLDER, path.join(PARENT_LINK))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    let open = |name: &str| {
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.join(name))
+    };
+    // To CRIU a list of pages needs a file with them, even if there are none.
+    if let Some(inner_pid) = number(name, "pagemap-") {
+        open(&pages_name(inner_pid))?;
+    }
+    open(name)
+}
+
+fn write_parts(file: &File, extents: &[Extent], data: &[u8]) -> io::Result<()> {
+    let mut rest = data;
+    for (offset, len) in extents {
+        let (part, behind) = rest.split_at_checked(*len as usize).ok_or(io::ErrorKind::UnexpectedEof)?;
+        file.write_all_at(part, *offset)?;
+        rest = behind;
+    }
+    Ok(())
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
@@ -184,6 +227,7 @@ impl Drop for Folder {
 #[derive(Debug)]
 pub struct Upload {
     chunks: mpsc::Sender<Bytes>,
+    encoder: Encoder,
 }
 
 impl Upload {
@@ -212,35 +256,67 @@ impl Upload {
         });
         // Cannot be full yet.
         let _ = chunks.send(Encoder::start()).await;
-        Ok(Self { chunks })
+        Ok(Self { chunks, encoder: Encoder::default() })
+    }
+
+    /// Sends something of what goes ahead of the images. Waits while the link is busy, so not for the runtime's threads.
+    pub fn send_piece(&mut self, name: &str, extents: &[Extent], data: &[u8]) -> Result<(), ImagesError> {
+        let piece = self.encoder.piece(name, extents, data, self.is_behind())?;
+        self.chunks.blocking_send(piece).map_err(|_| ended())
+    }
+
+    /// Chunks that the connection has not taken yet.
+    pub fn waiting(&self) -> usize {
+        if self.chunks.is_closed() { 0 } else { self.chunks.max_capacity() - self.chunks.capacity() }
+    }
+
+    /// The link is slower than we are.
+    fn is_behind(&self) -> bool {
+        self.chunks.capacity() == 0
     }
 
     /// Sends the images and the end mark. Without the end mark the target takes nothing.
-    pub async fn send(self, folder: PathBuf, images: Vec<Image>) -> Result<(), ImagesError> {
-        if self.fits_at_once(&images) {
-            return self.send_with(&folder, &images, |chunks, chunk| chunks.try_send(chunk).is_ok());
+    pub async fn send(self, folder: PathBuf, laid: Laid) -> Result<(), ImagesError> {
+        if self.fits_at_once(&laid) {
+            return self.send_with(&folder, &laid, |chunks, chunk| chunks.try_send(chunk).is_ok());
         }
         let sending = tokio::task::spawn_blocking(move || {
-            self.send_with(&folder, &images, |chunks, chunk| chunks.blocking_send(chunk).is_ok())
+            self.send_with(&folder, &laid, |chunks, chunk| chunks.blocking_send(chunk).is_ok())
         });
         sending.await.map_err(|error| ImagesError::Stream(error.to_string()))?
     }
 
     /// True if all of it is a few chunks, for which the queue has room.
-    fn fits_at_once(&self, images: &[Image]) -> bool {
-        let bytes: u64 = images.iter().map(|image| image.len + image.name.len() as u64 + 16).sum();
-        bytes <= AT_ONCE_BYTES && self.chunks.capacity() > (AT_ONCE_BYTES as usize / CHUNK_BYTES) + 1
+    fn fits_at_once(&self, laid: &Laid) -> bool {
+        let names: u64 = laid.images.iter().map(|image| image.name.len() as u64 + 16).sum();
+        let pieces = gather(&laid.changes).count();
+        laid.bytes() + names <= AT_ONCE_BYTES
+            && self.chunks.capacity() > (AT_ONCE_BYTES as usize / CHUNK_BYTES) + 1 + pieces
     }
 
     fn send_with(
-        self,
+        mut self,
         folder: &Path,
-        images: &[Image],
+        Laid { changes, images, .. }: &Laid,
         put: impl Fn(&mpsc::Sender<Bytes>, Bytes) -> bool,
     ) -> Result<(), ImagesError> {
-        let gone = || ImagesError::Upload("it ended the request".to_owned());
-        let send = |chunk| if put(&self.chunks, chunk) { Ok(()) } else { Err(gone()) };
-        let mut encoder = Encoder::default();
+        let mut data = Vec::with_capacity(PIECE_BYTES);
+        for (name, parts) in gather(changes) {
+            let failed = |error| ImagesError::File(name.to_owned(), error);
+            data.clear();
+            for (change, (_, len)) in &parts {
+                let start = data.len();
+                data.resize(start + *len as usize, 0);
+                read_all(change.0, change.1, &mut data[start..]).map_err(failed)?;
+            }
+            let extents: Vec<Extent> = parts.iter().map(|(_, extent)| *extent).collect();
+            let piece = self.encoder.piece(name, &extents, &data, self.is_behind())?;
+            if !put(&self.chunks, piece) {
+                return Err(ended());
+            }
+        }
+        let Self { chunks, mut encoder } = self;
+        let send = |chunk| if put(&chunks, chunk) { Ok(()) } else { Err(ended()) };
         // Small images are gathered: fewer frames, fewer wake-ups.
         let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);
         for image in images {
@@ -267,12 +343,56 @@ impl Upload {
     }
 }
 
+fn ended() -> ImagesError {
+    ImagesError::Upload("it ended the request".to_owned())
+}
+
+/// A part of a piece: the task and the address where it is, and its place in the file.
+type Place = ((i32, u64), Extent);
+
+/// Changes as pieces: the file's name, and as much as one piece holds.
+fn gather(changes: &[Change]) -> impl Iterator<Item = (&str, Vec<Place>)> {
+    let mut rest = changes.iter().flat_map(|change| {
+        let starts = (0..change.len).step_by(PIECE_BYTES);
+        starts.map(move |start| {
+            let len = (change.len - start).min(PIECE_BYTES as u64) as u32;
+            (change.name.as_str(), ((change.pid, change.address + start), (change.offset + start, len)))
+        })
+    });
+    let mut next = rest.next();
+    std::iter::from_fn(move || {
+        let (name, first) = next.take()?;
+        let (mut parts, mut bytes) = (vec![first], first.1.1 as usize);
+        next = rest.next();
+        while let Some((_, part)) =
+            next.filter(|(other, part)| *other == name && bytes + part.1.1 as usize <= PIECE_BYTES)
+        {
+            bytes += part.1.1 as usize;
+            parts.push(part);
+            next = rest.next();
+        }
+        Some((name, parts))
+    })
+}
+
+/// Reads memory of a stopped task.
+fn read_all(pid: i32, address: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match read_memory(pid, address + done as u64, &mut buffer[done..])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => done += read,
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::memory::read::Content;
+    use crate::memory::read::{Content, Image};
 
     fn stream(bytes: Vec<u8>) -> impl Stream<Item = Result<Bytes, Infallible>> + Unpin {
         let chunks: Vec<_> = bytes.chunks(7).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
@@ -281,11 +401,11 @@ mod tests {
 
     async fn sent(folder: &Folder) -> Vec<u8> {
         let (chunks, mut queue) = mpsc::channel(CHUNKS_UNDER_WAY);
-        let upload = Upload { chunks };
+        let upload = Upload { chunks, encoder: Encoder::default() };
         let images = folder.list().unwrap().into_iter();
         let images =
             images.map(|(name, len)| Image { name, len, content: Content::File }).collect::<Vec<_>>();
-        let sending = tokio::spawn(upload.send(folder.path().to_owned(), images));
+        let sending = tokio::spawn(upload.send(folder.path().to_owned(), Laid { images, ..Laid::default() }));
         let mut bytes = Encoder::start().to_vec();
         while let Some(chunk) = queue.recv().await {
             bytes.extend_from_slice(&chunk);
@@ -306,7 +426,8 @@ mod tests {
         fs::write(from.path().join("criu.log"), b"log").unwrap();
         let bytes = sent(&from).await;
         let mut begun = 0;
-        let sent_bytes = Folder::receive(to.path(), stream(bytes.clone()), || begun += 1).await.unwrap();
+        let sent_bytes =
+            Folder::receive(to.path(), stream(bytes.clone()), || (), || begun += 1).await.unwrap();
         assert_eq!((sent_bytes, begun), (bytes.len() as u64, 1));
         assert_eq!(fs::read(to.path().join("pages-1.img")).unwrap(), large);
         for entry in fs::read_dir(to.path()).unwrap() {
@@ -322,6 +443,51 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn memory_comes_ahead_and_changes_are_written_over_it() {
+        let root = tempfile::tempdir().unwrap();
+        let (from, to) =
+            (Folder::create(root.path(), "a").unwrap(), Folder::create(root.path(), "b").unwrap());
+        let (chunks, mut queue) = mpsc::channel(100);
+        let mut upload = Upload { chunks, encoder: Encoder::default() };
+        let content: Vec<u8> = (0..3 * PIECE_BYTES / 2).map(|n| (n % 251) as u8).collect();
+        let laid = Laid {
+            changes: [(4, 100), (200, 100), (400, PIECE_BYTES as u64 + 5)]
+                .map(|(offset, len)| Change {
+                    name: "pages-7.img".into(),
+                    offset,
+                    pid: std::process::id().cast_signed(),
+                    address: content.as_ptr() as u64 + offset,
+                    len,
+                })
+                .into(),
+            ..Laid::default()
+        };
+        let folder = from.path().to_owned();
+        let sending = tokio::task::spawn_blocking(move || {
+            upload.send_piece("pagemap-7.img", &[(0, 4)], b"list").unwrap();
+            upload.send_piece("pages-7.img", &[(0, 8), (300, 4)], b"aaaabbbbcccc").unwrap();
+            upload
+        });
+        sending.await.unwrap().send(folder, laid).await.unwrap();
+        let mut bytes = Encoder::start().to_vec();
+        while let Some(chunk) = queue.recv().await {
+            bytes.extend_from_slice(&chunk);
+        }
+        let mut pieces = 0;
+        Folder::receive(to.path(), stream(bytes), || pieces += 1, || ()).await.unwrap();
+        assert_eq!(pieces, 5, "three of them hold what has changed");
+        let parent = to.path().join(PARENT_LINK);
+        assert_eq!(fs::read(parent.join("pagemap-7.img")).unwrap(), b"list");
+        let pages = fs::read(parent.join("pages-7.img")).unwrap();
+        assert_eq!(&pages[..4], b"aaaa");
+        assert_eq!(pages[4..104], content[4..104]);
+        assert_eq!(pages[200..300], content[200..300]);
+        assert_eq!(&pages[300..304], b"cccc");
+        assert_eq!(pages[400..], content[400..400 + PIECE_BYTES + 5]);
+        assert!(to.list().unwrap().is_empty());
+    }
+
+    #[tokio::test]
     async fn a_stream_that_breaks_off_is_an_error() {
         let root = tempfile::tempdir().unwrap();
         let (from, to) =
@@ -329,7 +495,7 @@ mod tests {
         fs::write(from.path().join("core-1.img"), b"core").unwrap();
         let mut bytes = sent(&from).await;
         bytes.pop();
-        let error = Folder::receive(to.path(), stream(bytes), || ()).await.unwrap_err();
+        let error = Folder::receive(to.path(), stream(bytes), || (), || ()).await.unwrap_err();
         assert!(matches!(error, ImagesError::Frame(FrameError::Truncated { .. })), "{error}");
     }
 

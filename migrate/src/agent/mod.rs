@@ -9,11 +9,12 @@
 //! * [`session`]: what both roles' drivers share: inbox, events, view.
 //! * [`source`], [`target`]: the drivers of the two roles; [`crate::roles`] decides.
 //! * [`readiness`]: whether a workload can leave or enter the site, asked in *prepare*.
-//! * [`images`]: the images' folders, and sending and receiving them.
+//! * [`images`]: the images' folders, and sending and receiving them; [`ahead`]: memory that goes before them.
 //!
 //! What is not here: any decision about a migration as a whole.
 
 pub(crate) mod admission;
+pub mod ahead;
 pub mod config;
 pub mod containers;
 pub mod door;

@@ -47,6 +47,8 @@ pub enum Ask {
     Served,
     /// Target: the source has opened the way of the images.
     ImagesExpected,
+    /// Target: memory comes ahead of the images.
+    ImagesAhead,
     /// Target: the images' first bytes have come.
     ImagesBegun,
     /// Target: the images are complete.

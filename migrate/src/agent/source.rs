@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::ahead::{self, Copying, News};
 use super::host::{Armed, Criu, Silencing};
 use super::images::{Folder, ImagesError, Upload};
 use super::readiness::ReadinessError;
@@ -21,8 +22,8 @@ use crate::coordinator::machine::MARGIN;
 use crate::criu::kernel_cache;
 use crate::criu::rpc::{Features, Kind};
 use crate::criu::swrk::{Ended, Hook, Said, SwrkError};
-use crate::memory::layout::{self, EARLIER_FOLDER, Laid, LayoutError, Pages};
-use crate::memory::read::Image;
+use crate::memory::ahead::{Ahead, Changed};
+use crate::memory::layout::{self, EARLIER_FOLDER, Earlier, Laid, LayoutError, Pages};
 use crate::net::drain::{DrainError, Queues};
 use crate::net::silence::SilenceError;
 use crate::protocol::manifest::{Manifest, Welcome};
@@ -89,6 +90,14 @@ struct Driver {
     /// The coordinator wants it released, and the target fetches memory.
     release_waits: bool,
     upload: Option<Upload>,
+    /// Memory goes over while the workload runs.
+    copying: Option<Copying>,
+    /// The gate is closed, and memory goes over still.
+    freeze_waits: bool,
+    /// What has gone over, if anything.
+    ahead: Arc<Ahead>,
+    /// Finds what of it has changed, since the freeze.
+    comparing: Option<JoinHandle<Changed>>,
     silence: Arc<dyn Silencing>,
     silence_timeout: Duration,
     armed: Option<Armed>,
@@ -101,7 +110,7 @@ struct Driver {
     expires: Instant,
     /// From tasks of this driver.
     inner: mpsc::UnboundedSender<Event>,
-    images: Vec<Image>,
+    laid: Laid,
     /// Found before the hold, since a server may have thousands of sockets.
     queues: Option<Queues>,
 }
@@ -191,6 +200,10 @@ async fn ready(
         later_bytes: 0,
         release_waits: false,
         upload: Some(upload),
+        copying: None,
+        freeze_waits: false,
+        ahead: Arc::default(),
+        comparing: None,
         silence,
         silence_timeout,
         rules: None,
@@ -199,7 +212,7 @@ async fn ready(
         patience,
         expires: Instant::now() + PREPARED_LIMIT,
         inner,
-        images: Vec::new(),
+        laid: Laid::default(),
         queues: Some(site.host.queues(holder)),
     };
     Ok((driver, news))
@@ -270,11 +283,13 @@ async fn start_dump(swrk: &mut dyn Criu, pid: i32, leaves_pages: bool) -> Result
 impl Driver {
     async fn run(mut self, mut asks: mpsc::UnboundedReceiver<Ask>, mut news: mpsc::UnboundedReceiver<Event>) {
         let mut state = State::Ready;
+        self.copy_ahead();
         while !matches!(state, State::Ended(_)) {
             let event = tokio::select! {
                 biased;
                 said = next(&mut self.swrk) => self.heard(said, &state).await,
                 Some(event) = news.recv() => Some(event),
+                news = ahead::next(&mut self.copying) => self.copied(news),
                 Some(ask) = asks.recv() => self.asked(ask),
                 () = tokio::time::sleep_until(self.expires) => {
                     self.expires = Instant::now() + self.patience;
@@ -301,14 +316,15 @@ impl Driver {
                 let at_unix_us = now_unix_us();
                 if self.leaves_pages {
                     self.leave_pages_out();
+                    self.compare();
                 }
                 Some(Event::HookFrozen { at_unix_us })
             }
-            Said::Hook(Hook::PostDump) => match self.dumped() {
-                Ok(Laid { images, later_bytes }) => {
-                    let image_bytes = images.iter().map(|image| image.len).sum();
-                    self.images = images;
-                    self.later_bytes = later_bytes;
+            Said::Hook(Hook::PostDump) => match self.dumped().await {
+                Ok(laid) => {
+                    let image_bytes = laid.bytes();
+                    self.later_bytes = laid.later_bytes;
+                    self.laid = laid;
                     Some(Event::HookPostDump { image_bytes })
                 }
                 Err(reason) => {
@@ -353,9 +369,59 @@ impl Driver {
         }
     }
 
-    fn dumped(&self) -> Result<Laid, String> {
+    /// Has memory go over while the workload runs, where all of it would have to go in the freeze.
+    fn copy_ahead(&mut self) {
+        let goes_ahead = self.leaves_pages && self.pages == Pages::Now;
+        match self.upload.take_if(|_| goes_ahead) {
+            Some(upload) => self.copying = Some(Copying::start(self.root, upload)),
+            None => self.session.report(AgentEvent::CopiedAhead { bytes: 0 }),
+        }
+    }
+
+    fn copied(&mut self, news: News) -> Option<Event> {
+        self.expires = Instant::now() + PREPARED_LIMIT;
+        match news {
+            News::Flows(bytes) => {
+                self.session.report(AgentEvent::Copying { bytes });
+                None
+            }
+            News::Over(copied) => {
+                self.copying = None;
+                match copied {
+                    Ok((upload, ahead)) => {
+                        let bytes = ahead.bytes();
+                        (self.upload, self.ahead) = (Some(upload), Arc::new(ahead));
+                        self.session.report(AgentEvent::CopiedAhead { bytes });
+                    }
+                    Err(error) => {
+                        // The coordinator calls it off.
+                        self.session.report(AgentEvent::Failed { reason: chain(&error) });
+                        return None;
+                    }
+                }
+                std::mem::take(&mut self.freeze_waits).then_some(Event::Freeze)
+            }
+        }
+    }
+
+    /// Begins to look for what has changed since it went over: no task runs any more, and CRIU takes one processor.
+    fn compare(&mut self) {
+        if self.ahead.bytes() > 0 {
+            let (ahead, tasks) = (self.ahead.clone(), processes::tree(self.root));
+            self.comparing = Some(tokio::task::spawn_blocking(move || ahead.changed(&tasks)));
+        }
+    }
+
+    async fn dumped(&mut self) -> Result<Laid, String> {
         let files = self.folder.list().map_err(|error| chain(&error))?;
-        let images = layout::images(self.folder.path(), files, &processes::tree(self.root), self.pages);
+        let changed = match self.comparing.take() {
+            // Without an answer all of it counts as changed.
+            Some(comparing) => comparing.await.unwrap_or_default(),
+            None => Changed::default(),
+        };
+        let earlier = (self.ahead.bytes() > 0).then_some(Earlier { ahead: &self.ahead, changed: &changed });
+        let tasks = processes::tree(self.root);
+        let images = layout::images(self.folder.path(), files, &tasks, self.pages, earlier);
         images.map_err(|error: LayoutError| chain(&error))
     }
 
@@ -364,7 +430,14 @@ impl Driver {
             Ask::Freeze { settle } => {
                 self.settle = settle;
                 self.expires = Instant::now() + self.patience;
-                Some(Event::Freeze)
+                match &self.copying {
+                    None => Some(Event::Freeze),
+                    Some(copying) => {
+                        copying.stop();
+                        self.freeze_waits = true;
+                        None
+                    }
+                }
             }
             // What is here is a part of the workload that runs there. To the role the word comes later.
             Ask::Release if self.later_bytes > 0 => {
@@ -377,13 +450,17 @@ impl Driver {
                 self.session.report(AgentEvent::Served(Served { at_unix_us: now_unix_us(), bytes }));
                 std::mem::take(&mut self.release_waits).then_some(Event::Release)
             }
-            Ask::Abort => Some(Event::Abort),
+            Ask::Abort => {
+                (self.copying, self.freeze_waits) = (None, false);
+                Some(Event::Abort)
+            }
             // A target's.
             Ask::Offer
             | Ask::Go { .. }
             | Ask::Confirm
             | Ask::Fetch(_)
             | Ask::ImagesExpected
+            | Ask::ImagesAhead
             | Ask::ImagesBegun
             | Ask::ImagesComplete { .. }
             | Ask::ImagesFailed(_) => None,
@@ -461,8 +538,8 @@ impl Driver {
             Command::Send => {
                 let Some(upload) = self.upload.take() else { return };
                 let folder = self.folder.path().to_owned();
-                let (images, inner) = (std::mem::take(&mut self.images), self.inner.clone());
-                let mut sending = Box::pin(upload.send(folder, images));
+                let (laid, inner) = (std::mem::take(&mut self.laid), self.inner.clone());
+                let mut sending = Box::pin(upload.send(folder, laid));
                 let report = move |sent: Result<(), ImagesError>| {
                     if let Err(error) = sent {
                         let _ = inner.send(Event::SendFailed(chain(&error)));

@@ -203,7 +203,8 @@ pub async fn receive<E: std::fmt::Display>(
 ) -> Result<(), ImagesError> {
     session.ask(Ask::ImagesExpected);
     let path = site.images.join(&session.id);
-    match Folder::receive(&path, stream, || session.ask(Ask::ImagesBegun)).await {
+    let (ahead, begun) = (|| session.ask(Ask::ImagesAhead), || session.ask(Ask::ImagesBegun));
+    match Folder::receive(&path, stream, ahead, begun).await {
         Ok(sent_bytes) => {
             session.ask(Ask::ImagesComplete { sent_bytes });
             Ok(())
@@ -301,6 +302,11 @@ impl Driver {
                 {
                     tracing::warn!(error = chain(&error), "CRIU could not be asked to restore");
                 }
+                None
+            }
+            // Nobody has forgotten it.
+            Ask::ImagesAhead => {
+                self.expires = Instant::now() + PREPARED_LIMIT;
                 None
             }
             Ask::ImagesBegun => {

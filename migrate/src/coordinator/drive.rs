@@ -505,13 +505,10 @@ async fn follow(
 ) -> Result<(), ClientError> {
     // Only now: a report of the freeze window must not wait for a stream to be opened.
     let opened = || {
-        tell(
-            news,
-            match role {
-                Role::Source => Event::SourcePrepared,
-                Role::Target => Event::TargetPrepared,
-            },
-        );
+        // A source has memory to send first, and says when that is done.
+        if role == Role::Target {
+            tell(news, Event::TargetPrepared);
+        }
     };
     client
         .events(id, opened, |event, at| {
@@ -519,6 +516,8 @@ async fn follow(
                 || (role == Role::Target && matches!(event, AgentEvent::Confirmed));
             let mut figures = Figures::default();
             let event = match event {
+                AgentEvent::Copying { .. } => Event::SourceCopies,
+                AgentEvent::CopiedAhead { .. } => Event::SourcePrepared,
                 AgentEvent::Drained => Event::Drained,
                 AgentEvent::Frozen { at_unix_us } => {
                     figures.frozen_at = Some(at_unix_us);

@@ -18,6 +18,7 @@ fn text() -> String {
 fn every_event() -> Vec<Event> {
     vec![
         Event::TargetPrepared,
+        Event::SourceCopies,
         Event::SourcePrepared,
         Event::HeldNew { generation: GENERATION - 1 },
         Event::Held { generation: GENERATION },
@@ -486,4 +487,22 @@ proptest! {
         }
         prop_assert!(machine.phases().list().iter().all(|phase| phase.start_ms <= phase.end_ms));
     }
+}
+
+#[test]
+fn memory_that_goes_over_may_take_as_long_as_it_takes() {
+    let (mut machine, _) = Machine::start(Duration::from_secs(5), Duration::ZERO);
+    machine.on(Event::TargetPrepared, ms(1));
+    let mut now = ms(1);
+    for _ in 0..10 {
+        now += PREPARE_LIMIT - ms(2);
+        assert_eq!(machine.on(Event::Tick, now), []);
+        assert_eq!(machine.on(Event::SourceCopies, now), []);
+    }
+    assert_eq!(machine.on(Event::SourcePrepared, now), [Command::Hold]);
+    let (mut machine, _) = Machine::start(Duration::from_secs(5), Duration::ZERO);
+    machine.on(Event::TargetPrepared, ms(1));
+    machine.on(Event::SourceCopies, ms(2));
+    machine.on(Event::Tick, ms(2) + PREPARE_LIMIT);
+    assert!(matches!(machine.state(), State::RollingBack(_)), "{:?}", machine.state());
 }

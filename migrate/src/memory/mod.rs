@@ -2,7 +2,8 @@
 //! reads every page from one while the workload stands still.
 //!
 //! * [`layout`]: CRIU's dump without pages, and what takes their place in the images.
-//! * [`read`]: reading the memory of stopped tasks.
+//! * [`read`]: reading the memory of tasks.
+//! * [`ahead`]: memory that goes over while its server runs (pre-copy).
 //!
 //! Pages that come after the restore (post-copy):
 //!
@@ -11,6 +12,7 @@
 //! * [`space`]: which pages a task lacks; [`uffd`]: userfaultfd(2); [`window`]: how much is asked for ahead.
 //! * [`guard`]: what keeps a workload from reading zeros if its pager dies.
 
+pub mod ahead;
 pub mod guard;
 pub mod layout;
 pub mod line;

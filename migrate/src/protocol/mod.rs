@@ -140,6 +140,16 @@ pub struct Served {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum AgentEvent {
+    /// Source: memory goes over while the workload runs.
+    Copying {
+        /// Bytes of it so far.
+        bytes: u64,
+    },
+    /// Source: what goes ahead of the freeze has gone, if anything; it may begin.
+    CopiedAhead {
+        /// Bytes of it.
+        bytes: u64,
+    },
     /// Source: nothing that was accepted from clients waits outside of what a checkpoint holds.
     Drained,
     /// Source: no task of the workload runs any more.
@@ -270,6 +280,8 @@ mod tests {
         assert_eq!(serde_json::from_str::<Prepare>(json).unwrap(), prepare);
 
         for (event, json) in [
+            (AgentEvent::Copying { bytes: 9 }, r#"{"event":"copying","bytes":9}"#),
+            (AgentEvent::CopiedAhead { bytes: 9 }, r#"{"event":"copied_ahead","bytes":9}"#),
             (AgentEvent::Drained, r#"{"event":"drained"}"#),
             (AgentEvent::Frozen { at_unix_us: 7 }, r#"{"event":"frozen","at_unix_us":7}"#),
             (AgentEvent::Dumped { image_bytes: 9 }, r#"{"event":"dumped","image_bytes":9}"#),

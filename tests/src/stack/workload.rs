@@ -58,7 +58,7 @@ pub enum Memory {
     /// As its agents see fit.
     #[default]
     Auto,
-    /// In the freeze.
+    /// Before the server runs there.
     Pre,
     /// After the restore.
     Post,

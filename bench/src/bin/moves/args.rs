@@ -12,7 +12,8 @@ use crate::systems::System;
 /// Measures what clients feel while a server with memory and connections is moved between two sites of a lab: by Drover,
 /// by a script around CRIU as people write it today, and by runc.
 ///
-/// `drover-pre` sends all memory while the server is frozen, `drover-post` most of it once it runs at the other site.
+/// `drover-pre` sends all memory before or while the server is frozen, `drover-post` most of it once it runs at the other
+/// site.
 ///
 /// The systems take turns at each case. Each moves the same server there and back, over the same link between the sites
 /// (emulated where it has a delay or a rate), under the same clients.

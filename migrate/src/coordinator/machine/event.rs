@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub enum Event {
     /// The target waits for images.
     TargetPrepared,
+    /// The source's memory goes over: nobody has forgotten it.
+    SourceCopies,
     /// The source's CRIU waits to freeze it.
     SourcePrepared,
     /// The gate holds new connections.

@@ -213,6 +213,10 @@ impl Machine {
                 self.state = State::Before(Before::PreparingSource);
                 vec![Command::PrepareSource]
             }
+            (Before::PreparingSource, Event::SourceCopies) => {
+                self.prepare_until = now + PREPARE_LIMIT;
+                Vec::new()
+            }
             (Before::PreparingSource, Event::SourcePrepared) if self.handshakes.is_zero() => {
                 self.hold(None, now)
             }
@@ -279,6 +283,7 @@ impl Machine {
             (
                 _,
                 Event::TargetPrepared
+                | Event::SourceCopies
                 | Event::SourcePrepared
                 | Event::HeldNew { .. }
                 | Event::Held { .. }
@@ -486,6 +491,7 @@ impl Machine {
             }
             // Old news from the way forward, and answers that were already taken.
             Event::TargetPrepared
+            | Event::SourceCopies
             | Event::SourcePrepared
             | Event::HeldNew { .. }
             | Event::Held { .. }

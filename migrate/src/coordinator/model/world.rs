@@ -162,8 +162,10 @@ impl World {
         let failed =
             |reason| if by_source { Event::SourceFailed(reason) } else { Event::TargetFailed(reason) };
         let event = match event {
-            // They decide nothing.
-            AgentEvent::Drained
+            // They decide nothing, or are not the role's but its driver's: a prepared source is ready here.
+            AgentEvent::Copying { .. }
+            | AgentEvent::CopiedAhead { .. }
+            | AgentEvent::Drained
             | AgentEvent::Frozen { .. }
             | AgentEvent::Dumped { .. }
             | AgentEvent::Served(_)
