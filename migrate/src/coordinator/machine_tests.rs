@@ -378,6 +378,21 @@ fn an_operator_says_how_a_doubt_ends_and_not_before_the_lease_is_over() {
 }
 
 #[test]
+fn an_operators_word_for_the_source_is_reported_with_what_it_leaves_at_the_target() {
+    for at_target in [false, true] {
+        let (mut machine, _) = Machine::recover_returned(at_target, 9, HOLD);
+        machine.on(Event::Held { generation: 10 }, ms(1));
+        machine.on(Event::SourceResumed, ms(2));
+        machine.on(Event::GateResumed, ms(2));
+        machine.on(Event::TargetFailed(text()), ms(3));
+        let State::Finished { outcome: Outcome::RolledBack, reason: Some(reason) } = machine.state() else {
+            panic!("{:?}", machine.state())
+        };
+        assert!(reason.contains("the target may hold a suspended copy"), "{reason}");
+    }
+}
+
+#[test]
 fn a_source_that_cannot_be_released_is_no_reason_to_doubt_the_target() {
     let mut machine = after(&forward()[..11]);
     machine.on(Event::SourceFailed("gone".to_owned()), ms(60));

@@ -90,8 +90,8 @@ impl Machine {
     ) -> (Self, Vec<Command>) {
         let mut machine = Self::new(State::Before(Before::Holding { generation: None }), hold_deadline);
         let gate = if at_target { Closed::Flipped } else { Closed::AtSource { generation } };
-        let reason = "an operator said so before the load balancer was restarted".to_owned();
-        let commands = machine.roll_back(Some(gate), reason, Duration::ZERO);
+        let reason = "an operator said so before the load balancer was restarted; the target may hold a suspended copy";
+        let commands = machine.roll_back(Some(gate), reason.to_owned(), Duration::ZERO);
         (machine, if at_target { vec![Command::Hold] } else { commands })
     }
 
