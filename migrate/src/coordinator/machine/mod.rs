@@ -439,6 +439,7 @@ impl Machine {
         match event {
             Event::Held { generation } if back.gate == Some(Closed::Flipped) => {
                 back.gate = Some(Closed::AtTarget { generation });
+                back.asking = Asking::from(now);
                 commands.extend([Command::ResumeSource, Command::DropTarget]);
             }
             Event::SourceResumed if !back.source_runs && back.gate != Some(Closed::Flipped) => {
@@ -460,6 +461,10 @@ impl Machine {
             Event::SourceFailed(trouble) if !back.source_runs => back.asking.failed(trouble, now),
             Event::TargetDropped | Event::TargetFailed(_) => back.target_gone = true,
             Event::GateResumed => back.gate = None,
+            // What the flip let go is on its way to the target yet, which ends by itself.
+            Event::CutoverRefused(why) if back.gate == Some(Closed::Flipped) && now < back.asking.give_up => {
+                back.asking.failed(why, now);
+            }
             Event::ResumeRefused(why) | Event::CutoverRefused(why) => {
                 let reason = format!(
                     "{}; and the gate could not be opened to the source again: {why}. Resume it by hand",
@@ -467,6 +472,11 @@ impl Machine {
                 );
                 self.finish(Outcome::InDoubt, Some(reason), now);
                 return Vec::new();
+            }
+            Event::Tick if back.gate == Some(Closed::Flipped) => {
+                if back.asking.is_due(now) || now >= back.asking.give_up {
+                    commands.push(Command::Hold);
+                }
             }
             Event::Tick => {
                 if now >= back.asking.give_up {
