@@ -484,7 +484,8 @@ impl Machine {
                     if !back.source_runs && self.doubt.is_none() {
                         self.doubt = Some(format!(
                             "{}; and the source's agent does not say that the source runs again: {}. It goes on when \
-                             the agent answers",
+                             the agent answers; if it never will, say that it is rolled back once the source runs \
+                             and has no part in a migration any more",
                             back.reason,
                             back.asking.trouble()
                         ));
