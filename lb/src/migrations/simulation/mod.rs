@@ -14,7 +14,7 @@
 //! * [`wire`]: connections; [`host`], [`criu`]: what agents find at their sites.
 //!
 //! What is not simulated: TLS, the datapath, memory that comes after the restore, containers, a machine that is switched
-//! off, operators who resolve what is in doubt.
+//! off.
 
 mod criu;
 mod host;
