@@ -1,7 +1,7 @@
 //! One migration's hand on its backend's gate: [`Cutover`] over [`Control`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use migrate::coordinator::{self, Cutover, CutoverError, Decision, HoldRequest, Operator, Orders, Verdict};
 use tokio::runtime::RuntimeFlavor;
@@ -9,10 +9,6 @@ use tokio::runtime::RuntimeFlavor;
 use super::journal::Journal;
 use crate::cli::chain;
 use crate::control::{Control, ControlError, Policy, Refusal, State};
-
-/// How long a gate that is to be held once more may take to send what it held before.
-const REPLAY_MOST: Duration = Duration::from_secs(2);
-const REPLAY_PAUSE: Duration = Duration::from_millis(1);
 
 /// Whether the migration can still be called off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,12 +96,9 @@ impl Cutover for MigrationCutover {
             coordinator::Policy::Hold => Policy::Hold,
             coordinator::Policy::Drop => Policy::Drop,
         };
-        // On the way back: the flip's replay ends by itself, and what is held already may be.
-        if self.recovering || self.done().fate == Fate::Flipped {
-            blocking(|| self.wait_for_replay(backend));
-            if self.recovering && self.is_held(backend) {
-                return self.control.generation(backend).map_err(refused);
-            }
+        // On the way back, which a former daemon may have begun.
+        if self.recovering && self.is_held(backend) {
+            return self.control.generation(backend).map_err(refused);
         }
         let generation = self.control.hold(backend, policy, Some(hold.deadline)).map_err(refused)?;
         self.done().held = true;
@@ -166,13 +159,6 @@ impl MigrationCutover {
 
     fn is_held(&self, backend: &str) -> bool {
         matches!(self.control.state(backend), Ok(State::Holding { .. } | State::Expired { .. }))
-    }
-
-    fn wait_for_replay(&self, backend: &str) {
-        let until = Instant::now() + REPLAY_MOST;
-        while matches!(self.control.state(backend), Ok(State::Replaying)) && Instant::now() < until {
-            std::thread::sleep(REPLAY_PAUSE);
-        }
     }
 }
 

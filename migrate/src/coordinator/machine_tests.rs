@@ -379,6 +379,46 @@ fn an_operator_says_how_a_doubt_ends_and_not_before_the_lease_is_over() {
 }
 
 #[test]
+fn a_gate_that_still_replays_is_asked_again_to_close_on_the_way_back() {
+    let refused = || Event::CutoverRefused("it is replaying".to_owned());
+    let flipped = || {
+        let mut machine = after(&forward()[..9]);
+        assert_eq!(machine.on(Event::TargetDropped, ms(70)), [Command::Hold]);
+        assert_eq!(machine.on(refused(), ms(70)), []);
+        machine
+    };
+    let mut machine = flipped();
+    let retry = machine.wake_at().expect("it is asked again");
+    assert_eq!(machine.on(Event::Tick, retry), [Command::Hold]);
+    let back = machine.on(Event::Held { generation: 9 }, retry);
+    assert_eq!(back, [Command::ResumeSource, Command::DropTarget]);
+    assert_eq!(machine.on(Event::SourceResumed, retry), [Command::FlipBack { generation: 9 }]);
+
+    let mut machine = flipped();
+    while let Some(now) = machine.wake_at() {
+        assert!(now <= ms(70) + FORWARD_LIMIT);
+        assert_eq!(machine.on(Event::Tick, now), [Command::Hold]);
+        machine.on(refused(), now);
+    }
+    assert!(matches!(machine.state(), State::Finished { outcome: Outcome::InDoubt, reason: Some(_) }));
+}
+
+#[test]
+fn an_operators_word_for_the_source_is_reported_with_what_it_leaves_at_the_target() {
+    for at_target in [false, true] {
+        let (mut machine, _) = Machine::recover_returned(at_target, 9, HOLD);
+        machine.on(Event::Held { generation: 10 }, ms(1));
+        machine.on(Event::SourceResumed, ms(2));
+        machine.on(Event::GateResumed, ms(2));
+        machine.on(Event::TargetFailed(text()), ms(3));
+        let State::Finished { outcome: Outcome::RolledBack, reason: Some(reason) } = machine.state() else {
+            panic!("{:?}", machine.state())
+        };
+        assert!(reason.contains("the target may hold a suspended copy"), "{reason}");
+    }
+}
+
+#[test]
 fn a_source_that_cannot_be_released_is_no_reason_to_doubt_the_target() {
     let mut machine = after(&forward()[..11]);
     machine.on(Event::SourceFailed("gone".to_owned()), ms(60));

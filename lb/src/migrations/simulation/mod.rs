@@ -14,7 +14,7 @@
 //! * [`wire`]: connections; [`host`], [`criu`]: what agents find at their sites.
 //!
 //! What is not simulated: TLS, the datapath, memory that comes after the restore, containers, a machine that is switched
-//! off, operators who resolve what is in doubt.
+//! off.
 
 mod criu;
 mod host;
@@ -156,29 +156,31 @@ async fn move_it(world: &Arc<World>, parties: &Arc<Parties>) -> Option<String> {
                 }
                 Err(error) => world.note(format_args!("not begun: {error}")),
             }
-            resolve(world, &migrations, location).await;
+            resolve(world, parties, &migrations).await;
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     None
 }
 
-/// An operator who has waited long says now and then that the source's copy counts, where one in doubt has flipped; or
-/// who sees that it runs.
-async fn resolve(world: &Arc<World>, migrations: &Migrations, location: usize) {
+/// An operator who has waited long says now and then that the source's copy counts. On the way back the same word says
+/// that it runs, which is said only by who sees it, and nothing in its agent that would stop it: its agent may not have
+/// heard of the way back yet, and still take a `freeze` that was long on its way.
+async fn resolve(world: &Arc<World>, parties: &Parties, migrations: &Migrations) {
     for migration in migrations.all() {
         let view = migration.view();
         if view.state != MigrationState::InDoubt || view.report.is_some() || world.below(20) > 0 {
             continue;
         }
-        let is_flipped = view.to == SITES[location];
-        if !is_flipped && !world.runs_at(location) {
+        let source = SITES.iter().position(|site| *site == view.from).expect("it is one of them");
+        let goes_back = view.phases.last().is_some_and(|phase| phase.name == "rollback");
+        if goes_back && (!world.runs_at(source) || parties.has_part(source + 1)) {
             continue;
         }
         match migrations.resolve(&view.id, Verdict::RolledBack).await {
             Ok(_) => {
                 world.fault("resolved by an operator", format_args!("{} is to go back", view.id));
-                if is_flipped {
+                if !goes_back {
                     world.give_up_newest();
                 }
             }

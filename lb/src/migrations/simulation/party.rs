@@ -108,8 +108,13 @@ impl Parties {
 
     /// Whether any agent has a part in a migration that has not ended.
     pub(super) fn is_migrating(&self) -> bool {
-        let sites = self.sites.lock().unwrap();
-        sites.values().any(|site| site.list().iter().any(|workload| workload.migration.is_some()))
+        [1, 2].into_iter().any(|party| self.has_part(party))
+    }
+
+    /// Whether this agent has.
+    pub(super) fn has_part(&self, party: usize) -> bool {
+        let site = self.sites.lock().unwrap().get(&party).cloned();
+        site.is_some_and(|site| site.list().iter().any(|workload| workload.migration.is_some()))
     }
 
     pub(super) fn is_alive(&self, party: usize) -> bool {

@@ -72,7 +72,7 @@ pub enum Event {
 pub enum Verdict {
     /// The target has the copy that counts, and the operator has seen it run.
     Committed,
-    /// The source has. On the way back already: the operator has seen it run.
+    /// The source has. On the way back already: the operator has seen it run, and nothing in its agent that would stop it.
     RolledBack,
 }
 

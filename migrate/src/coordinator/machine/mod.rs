@@ -90,8 +90,8 @@ impl Machine {
     ) -> (Self, Vec<Command>) {
         let mut machine = Self::new(State::Before(Before::Holding { generation: None }), hold_deadline);
         let gate = if at_target { Closed::Flipped } else { Closed::AtSource { generation } };
-        let reason = "an operator said so before the load balancer was restarted".to_owned();
-        let commands = machine.roll_back(Some(gate), reason, Duration::ZERO);
+        let reason = "an operator said so before the load balancer was restarted; the target may hold a suspended copy";
+        let commands = machine.roll_back(Some(gate), reason.to_owned(), Duration::ZERO);
         (machine, if at_target { vec![Command::Hold] } else { commands })
     }
 
@@ -444,6 +444,7 @@ impl Machine {
         match event {
             Event::Held { generation } if back.gate == Some(Closed::Flipped) => {
                 back.gate = Some(Closed::AtTarget { generation });
+                back.asking = Asking::from(now);
                 commands.extend([Command::ResumeSource, Command::DropTarget]);
             }
             Event::SourceResumed if !back.source_runs && back.gate != Some(Closed::Flipped) => {
@@ -465,6 +466,10 @@ impl Machine {
             Event::SourceFailed(trouble) if !back.source_runs => back.asking.failed(trouble, now),
             Event::TargetDropped | Event::TargetFailed(_) => back.target_gone = true,
             Event::GateResumed => back.gate = None,
+            // What the flip let go is on its way to the target yet, which ends by itself.
+            Event::CutoverRefused(why) if back.gate == Some(Closed::Flipped) && now < back.asking.give_up => {
+                back.asking.failed(why, now);
+            }
             Event::ResumeRefused(why) | Event::CutoverRefused(why) => {
                 let reason = format!(
                     "{}; and the gate could not be opened to the source again: {why}. Resume it by hand",
@@ -473,13 +478,19 @@ impl Machine {
                 self.finish(Outcome::InDoubt, Some(reason), now);
                 return Vec::new();
             }
+            Event::Tick if back.gate == Some(Closed::Flipped) => {
+                if back.asking.is_due(now) || now >= back.asking.give_up {
+                    commands.push(Command::Hold);
+                }
+            }
             Event::Tick => {
                 if now >= back.asking.give_up {
                     back.target_gone = true;
                     if !back.source_runs && self.doubt.is_none() {
                         self.doubt = Some(format!(
                             "{}; and the source's agent does not say that the source runs again: {}. It goes on when \
-                             the agent answers",
+                             the agent answers; if it never will, say that it is rolled back once the source runs \
+                             and has no part in a migration any more",
                             back.reason,
                             back.asking.trouble()
                         ));
