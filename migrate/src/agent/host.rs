@@ -61,25 +61,13 @@ pub trait Host: Debug + Send + Sync + 'static {
     /// Starts a workload, and sees that it does not end at once.
     fn start<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Result<Box<dyn Held>, SiteError>>;
     /// What keeps a workload that somebody else has started here, if anything does.
-    fn find_running<'a>(&'a self, _workload: &'a Workload) -> BoxFuture<'a, Option<HolderPid>> {
-        async { None }.boxed()
-    }
+    fn find_running<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Option<HolderPid>>;
     /// Makes a holder for a workload that is restored, with CRIU in it.
     fn start_restore<'a>(
         &'a self,
         workload: &'a Workload,
         images: &'a Path,
-    ) -> BoxFuture<'a, Result<Restoring, PrepareError>> {
-        async move {
-            let holder = self.hold().await?;
-            let cgroups = workload.make_cgroup()?;
-            let criu = self.start_criu(workload, Kind::Restore, holder.pid(), &cgroups, images).await?;
-            Ok((holder, criu))
-        }
-        .boxed()
-    }
-    /// Makes empty namespaces for a workload that is restored.
-    fn hold(&self) -> BoxFuture<'_, Result<Box<dyn Held>, HolderError>>;
+    ) -> BoxFuture<'a, Result<Restoring, PrepareError>>;
     /// Starts CRIU for a dump or a restore; it waits to be told to begin.
     fn start_criu<'a>(
         &'a self,

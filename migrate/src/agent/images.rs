@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
@@ -30,6 +31,11 @@ const CHUNK_BYTES: usize = 1 << 20;
 const CHUNKS_UNDER_WAY: usize = 8;
 /// Up to this much is read and sent without the way over another thread, which costs more than the reading.
 const AT_ONCE_BYTES: u64 = 4 << 20;
+
+/// How long a CRIU without an agent may go on writing.
+const LEFT_LIMIT: Duration = Duration::from_secs(5);
+/// Until it is looked again whether it has ended.
+const LEFT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why images could not be kept, sent or received.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +72,7 @@ pub fn open_root(state_dir: &Path) -> Result<PathBuf, ImagesError> {
         let left = left.map_err(failed)?;
         let is_folder = left.file_type().map_err(failed)?.is_dir();
         let path = left.path();
-        if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(failed)?;
+        if is_folder { wipe_left(&path) } else { fs::remove_file(path) }.map_err(failed)?;
     }
     Ok(root)
 }
@@ -74,6 +80,19 @@ pub fn open_root(state_dir: &Path) -> Result<PathBuf, ImagesError> {
 /// Where CRIU's cache of the kernel's features is: with the images, since it holds for one boot.
 pub fn kernel_cache(root: &Path) -> PathBuf {
     root.join("criu.kdat")
+}
+
+/// Wipes a folder into which a killed agent's CRIU may still write: it notices soon, and undoes what it did.
+fn wipe_left(path: &Path) -> io::Result<()> {
+    let until = Instant::now() + LEFT_LIMIT;
+    loop {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && Instant::now() < until => {
+                std::thread::sleep(LEFT_PAUSE);
+            }
+            done => return done,
+        }
+    }
 }
 
 fn make_private(path: &Path) -> io::Result<()> {
@@ -497,6 +516,23 @@ mod tests {
         bytes.pop();
         let error = Folder::receive(to.path(), stream(bytes), || (), || ()).await.unwrap_err();
         assert!(matches!(error, ImagesError::Frame(FrameError::Truncated { .. })), "{error}");
+    }
+
+    #[test]
+    fn a_folder_that_is_still_written_to_is_wiped_when_that_is_over() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m-1");
+        make_private(&path).unwrap();
+        let writes_to = path.clone();
+        let writer = std::thread::spawn(move || {
+            for number in 0..20_000 {
+                // The folder itself goes away at some time.
+                let _ = fs::write(writes_to.join(number.to_string()), b"");
+            }
+        });
+        wipe_left(&path).unwrap();
+        writer.join().unwrap();
+        assert!(!path.exists());
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::net::repair;
 use crate::net::silence::{Scope, Silence};
 use crate::protocol::manifest::Manifest;
 use crate::workload::container::{ContainerError, Runtime};
-use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderError, HolderPid};
+use crate::workload::holder::{FIRST_WORKLOAD_PID, Holder, HolderPid};
 use crate::workload::podman::Podman;
 use crate::workload::processes::{self, Process};
 use crate::workload::record;
@@ -193,14 +193,6 @@ impl Host for Linux {
 
     fn start<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Result<Box<dyn Held>, SiteError>> {
         self.start_workload(workload).boxed()
-    }
-
-    fn hold(&self) -> BoxFuture<'_, Result<Box<dyn Held>, HolderError>> {
-        async {
-            let holder = Holder::start(None, &self.kernel_cache()).await?;
-            Ok(Box::new(holder) as Box<dyn Held>)
-        }
-        .boxed()
     }
 
     fn find_running<'a>(&'a self, workload: &'a Workload) -> BoxFuture<'a, Option<HolderPid>> {

@@ -8,9 +8,10 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use migrate::agent::config::Workload;
-use migrate::agent::host::{Armed, Criu, Drained, Held, Host, Silencing};
+use migrate::agent::host::{Armed, Criu, Drained, Held, Host, Restoring, Silencing};
 use migrate::agent::readiness::ReadinessError;
 use migrate::agent::site::SiteError;
+use migrate::agent::target::PrepareError;
 use migrate::criu::rpc::Kind;
 use migrate::criu::swrk::SwrkError;
 use migrate::net::drain::{DrainError, Queues};
@@ -100,13 +101,23 @@ impl Host for SimulatedHost {
         .boxed()
     }
 
-    fn hold(&self) -> BoxFuture<'_, Result<Box<dyn Held>, HolderError>> {
-        async {
+    fn find_running<'a>(&'a self, _: &'a Workload) -> BoxFuture<'a, Option<HolderPid>> {
+        async { None }.boxed()
+    }
+
+    fn start_restore<'a>(
+        &'a self,
+        workload: &'a Workload,
+        images: &'a Path,
+    ) -> BoxFuture<'a, Result<Restoring, PrepareError>> {
+        async move {
             self.world.pause(2, 20).await;
             if self.world.fails("namespaces") {
-                return Err(HolderError::Start("simulated".to_owned()));
+                return Err(HolderError::Start("simulated".to_owned()).into());
             }
-            Ok(self.held(self.world.make(self.site, false)))
+            let holder = self.held(self.world.make(self.site, false));
+            let criu = self.start_criu(workload, Kind::Restore, holder.pid(), &[], images).await?;
+            Ok((holder, criu))
         }
         .boxed()
     }
